@@ -1,0 +1,32 @@
+"""tunesmith: fine-tune language models on your own examples, and see that it worked.
+
+Names are imported on first use (PEP 562), so `import tunesmith` takes milliseconds.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "SFTTrainer": "train.sft",
+    "SFTConfig": "train.sft",
+    "ModelConfig": "config",
+    "DataConfig": "config",
+    "DecodingConfig": "config",
+    "load_recipe": "recipe",
+    "run": "workflow",
+    "TunesmithError": "errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tunesmith' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"tunesmith.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
