@@ -157,7 +157,7 @@ def _not_empty(items: Iterable[T], name: str) -> Iterator[T]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Line numbers and lines. Only `\\n` ends a line: U+2028 and the like may stand inside a text."""
+    """Line numbers and lines. Only a line feed ends a line: U+2028 and the like may stand inside a text."""
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             yield number, _without_bom(path, raw) if number == 1 else raw
@@ -282,7 +282,7 @@ def _line_hint(text: str, error: json.JSONDecodeError) -> str:
     if text.lstrip().startswith("["):
         return "A file that is one JSON array must be named .json."
     if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
-        return "The line ends too early; was the file cut off while it was written?"
+        return "The line ends too early. Was the file cut off, or does an object go over several lines (see jq -c)?"
     if re.match(r"\s*\{\s*'", text):
         return "JSON wants double quotes; write the file with json.dumps, not with str."
     return 'Each line must be one JSON object, such as {"prompt": "...", "completion": "..."}.'
@@ -354,19 +354,16 @@ def _array_rows(path: str, text: str) -> Iterator[Row | RowError]:
 def _element(path: str, text: str, start: int, number: int, suspicious: bool) -> tuple[Row | RowError, int]:
     """One element of the array and where it ends."""
     try:
-        value, end = STRICT.raw_decode(text, start)
         try:
+            value, end = STRICT.raw_decode(text, start)
             return Row(_object(value, suspicious), path, number), end
-        except RowError as error:
-            return error.at(path, number), end
-    except RowError as error:  # well-formed, but refused by a hook: find its end without the hooks
-        return error.at(path, number), LENIENT.raw_decode(text, start)[1]
+        except RowError as error:  # well-formed but refused: its end is found without the hooks
+            return error.at(path, number), LENIENT.raw_decode(text, start)[1]
     except json.JSONDecodeError as error:
         raise _array_error(path, error, number) from None
     except (RecursionError, ValueError) as error:
-        raise RowError(f"not readable as JSON: {visible(str(error))}. Simplify it.", "bad-json").at(
-            path, number
-        ) from None
+        what = f"not readable as JSON: {visible(str(error))}. Simplify it."
+        raise RowError(what, "bad-json").at(path, number) from None
 
 
 def _array_error(path: str, error: json.JSONDecodeError, number: int) -> RowError:
@@ -460,7 +457,8 @@ def read_parquet(path: str) -> Iterator[Row | RowError]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
-                for number, value in enumerate(batch.to_pylist(), number + 1):
+                for value in batch.to_pylist():
+                    number += 1
                     yield Row(value, path, number)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         what = visible(str(error), 120)

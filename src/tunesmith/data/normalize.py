@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from tunesmith.data.load import Row, RowError
 from tunesmith.data.report import place, visible
-from tunesmith.errors import DataError
+from tunesmith.errors import ConfigError, DataError
 from tunesmith.lookup import did_you_mean, lookup
 
 
@@ -44,6 +44,8 @@ class Format(NamedTuple):
 
     columns: tuple[str, ...]
     """The columns that identify it."""
+    optional: tuple[str, ...]
+    """Further columns that it reads."""
     read: Callable[[dict[str, Any]], dict[str, Any]]
     """Row → Example without its place; what it returns is checked by `normalize`."""
     doc: str
@@ -96,8 +98,8 @@ def normalize(
 
     Raises: RowError with the place, the reason and the way to mend it; ConfigError for an unknown format.
     """
-    value = renamed(row.value, columns) if columns else row.value
     try:
+        value = _renamed_for(format, row.value, columns) if columns else row.value
         example = _checked(_reader(format)(value), system_prompt)
         _no_media(row.value)
     except RowError as error:
@@ -111,6 +113,19 @@ def renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, A
     taken = set(columns.values())
     kept = {key: item for key, item in value.items() if key not in taken and key not in columns}
     return kept | {ours: value[theirs] for ours, theirs in columns.items() if theirs in value}
+
+
+def _renamed_for(format: str, value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """`renamed`, after a check that `columns` names what the format reads and what the row has."""
+    if format in FORMATS:
+        known = (*FORMATS[format].columns, *FORMATS[format].optional)
+        for ours, theirs in columns.items():
+            if ours not in known:
+                hint = did_you_mean(ours, known)
+                raise ConfigError(f"columns: format {format} reads no '{ours}'.{hint} It reads {', '.join(known)}.")
+            if ours in FORMATS[format].columns:
+                _column(value, theirs)
+    return renamed(value, columns)
 
 
 def _reader(format: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -179,7 +194,7 @@ def _from_sharegpt(turn: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def _tool_calls(content: Any) -> list[dict[str, Any]] | None:
-    """Calls in the shape templates read, from the JSON text of one call or of a list of calls; None if it is neither."""
+    """Calls in the shape templates read, from the JSON text of one call or a list of calls; None if it is neither."""
     try:
         calls = json.loads(content)
     except (TypeError, ValueError, RecursionError):
@@ -217,11 +232,22 @@ def read_text(value: dict[str, Any]) -> dict[str, Any]:
 
 # Where a row has the columns of several formats, the first that fits is taken.
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), read_messages, "turns as role and content, as in OpenAI's files"),
-    "sharegpt": Format(("conversations",), read_sharegpt, "turns as from and value: human, gpt, system, ..."),
-    "alpaca": Format(("instruction", "output"), read_alpaca, "instruction, optional input, output"),
-    "prompt-completion": Format(("prompt", "completion"), read_prompt_completion, "a prompt and what follows it"),
-    "text": Format(("text",), read_text, "plain text"),
+    "messages": Format(
+        ("messages",), ("tools", "system"), read_messages, "turns as role and content, as in OpenAI's files"
+    ),
+    "sharegpt": Format(
+        ("conversations",), ("tools", "system"), read_sharegpt, "turns as from and value: human, gpt, system, ..."
+    ),
+    "alpaca": Format(
+        ("instruction", "output"),
+        ("input", "system", "history", "tools"),
+        read_alpaca,
+        "instruction, optional input, output",
+    ),
+    "prompt-completion": Format(
+        ("prompt", "completion"), ("tools",), read_prompt_completion, "a prompt and what follows it"
+    ),
+    "text": Format(("text",), (), read_text, "plain text"),
 }
 
 
@@ -386,7 +412,7 @@ def check_turns(messages: Sequence[Message], last: int | None = None) -> None:
         anything before a user turn  assistant-first
         no assistant turn            no-assistant
         last turn not the assistant  ends-with-user
-        assistant says nothing       empty-answer, unless it calls a tool
+        assistant says nothing       empty-answer, unless it calls a tool or is marked `train: false`
 
     Raises: RowError whose reason is the word on the right.
     """
@@ -410,7 +436,8 @@ def check_turns(messages: Sequence[Message], last: int | None = None) -> None:
             "ends-with-user",
         )
     for number, message in enumerate(messages, 1):
-        if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
+        says_nothing = not message["content"].strip() and not message.get("tool_calls")
+        if message["role"] == "assistant" and says_nothing and message.get("train", True):
             raise RowError(f"the assistant's turn {number} is empty. Write the answer.", "empty-answer")
 
 
@@ -466,6 +493,22 @@ def detect_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None)
     return next(iter(seen))
 
 
+def describe_format(format: str, row: Row, columns: Mapping[str, str] | None = None) -> str:
+    """A line for the report: the format, the columns of `row` that it reads, and those that it does not.
+
+    >>> describe_format("text", Row({"text": "a", "id": 1}, "a.jsonl", 1))
+    'format: text (column text; not read: id)'
+    """
+    present = list(renamed(row.value, columns) if columns else row.value)
+    if format not in FORMATS:
+        return f"format: {visible(format)}"
+    known = (*FORMATS[format].columns, *FORMATS[format].optional)
+    read = [name for name in present if name in known]
+    rest = [name for name in present if name not in known]
+    unread = f"; not read: {_names(rest[:12])}" if rest else ""
+    return f"format: {format} ({'column' if len(read) == 1 else 'columns'} {_names(read)}{unread})"
+
+
 def _format_of(value: Mapping[str, Any]) -> str | None:
     if {"chosen", "rejected"} <= value.keys():
         return None
@@ -479,6 +522,9 @@ def _no_format(row: Row, columns: Mapping[str, str] | None) -> str:
     choose = f"set format: to one of {_names(FORMATS)} or to file.py:function"
     if {"chosen", "rejected"} <= value.keys():
         return f"{found}: these are preference pairs, and stage sft trains on single answers. To use a part, {choose}."
+    if not any(_guess(ours, present) for format in FORMATS.values() for ours in format.columns):
+        known = "; ".join(f"{name} ({_names(format.columns)})" for name, format in FORMATS.items())
+        return f"{found}. Known: {known}. Name yours in columns: {{prompt: ..., completion: ...}}, or {choose}."
     nearest = max(FORMATS, key=lambda name: _nearness(FORMATS[name], present))
     guesses = {ours: _guess(ours, present) for ours in FORMATS[nearest].columns if ours not in present}
     renames = ", ".join(f"{ours}: {visible(theirs or '...', 40)}" for ours, theirs in guesses.items())
@@ -524,6 +570,6 @@ def find_overlap(train: Iterable[Example], held_out: Iterable[Example]) -> int:
     return sum(_content(example) in trained for example in held_out)
 
 
-def _content(example: Example) -> str:
+def _content(example: Example) -> int:
     own = {key: item for key, item in example.items() if key not in ("source", "line")}
-    return json.dumps(own, sort_keys=True, default=str)
+    return hash(json.dumps(own, sort_keys=True, default=str))

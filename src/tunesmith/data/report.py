@@ -23,21 +23,21 @@ MAX_RUNS = 60
 # Words for a terminal ----------------------------------------------------------------------------------------------
 
 # Control characters (among them the escape that starts ANSI and OSC sequences), marks that turn the reading direction,
-# invisible characters that hide text, line ends other than \n, halves of characters. The zero-width joiner stays: emoji.
+# invisible characters, line ends other than a line feed, halves of characters. The zero-width joiner stays, for emoji.
 UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
 
 def visible(text: str, limit: int | None = None, keep: str = "") -> str:
-    """`text` made safe to print: unsafe characters but those in `keep` as escapes, cut to about `limit` characters.
+    r"""`text` made safe to print: unsafe characters but those in `keep` as escapes, cut to `limit` characters.
 
-    >>> visible("\\x1b[31mred")
-    '\\\\x1b[31mred'
+    >>> print(visible("\x1b[31mred"))
+    \x1b[31mred
     """
-    if limit is not None and len(text) > limit:
-        text = text[:limit] + "…"
-    return UNSAFE.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), text)
+    few = text if limit is None else text[: limit + 1]
+    safe = UNSAFE.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), few)
+    return safe if limit is None or len(safe) <= limit else safe[: limit - 1] + "…"
 
 
 def _escape(character: str) -> str:
@@ -111,6 +111,8 @@ class Report:
         Raises: DataError that names the reasons and their first rows.
         """
         reasons = "\n".join(f"  {line}" for line in _reason_lines(self.drops))
+        if self.read == 0:
+            raise DataError("no rows were read, so there is nothing to train on. Check what dataset names.")
         if self.kept == 0:
             raise DataError(
                 f"nothing is left to train on: all {_count(self.read, 'row')} were dropped.\n{reasons}\n"
@@ -143,7 +145,7 @@ class Report:
         }
 
     def token_statistics(self) -> dict[str, Any] | None:
-        """Totals, the lengths' min, median, mean, p95 and max, and a histogram of at most ten bins; None if no rows."""
+        """Totals, the lengths' min, median, mean, p95 and max, and a histogram of up to ten bins; None without rows."""
         if not self.lengths:
             return None
         ordered = sorted(self.lengths)
@@ -160,7 +162,7 @@ class Report:
         }
 
     def table(self, console: "Console | None" = None) -> str:
-        """The report for a person: as text, and also printed, in colour and fitted to its width, if `console` is given."""
+        """The report for a person as plain text; also printed, fitted to its width, if a `console` is given."""
         text = "\n".join(self._lines(*_shape(console)))
         if console is not None and console.is_terminal:
             self._print(console)
