@@ -184,8 +184,10 @@ def _decode(raw: bytes, path: str, line: int) -> str:
 def _not_utf8(raw: bytes, error: UnicodeDecodeError, path: str) -> RowError:
     encoding = _likely_encoding(raw)
     before = visible(raw[max(0, error.start - 30) : error.start].decode("utf-8", "replace"), 30)
-    what = f"not UTF-8: byte 0x{raw[error.start]:02X} at byte {error.start + 1} of the line, after '{before}'"
-    return RowError(f"{what}. It decodes as {encoding}: {_convert(encoding, path)}", "not-utf-8")
+    what = f"not UTF-8: byte 0x{raw[error.start]:02X} at byte {error.start + 1} of the line" + (
+        f", after '{before}'" if before else ""
+    )
+    return RowError(f"{what}. It decodes as {encoding}. {_convert(encoding, path)}", "not-utf-8")
 
 
 def _likely_encoding(raw: bytes) -> str:
@@ -261,17 +263,21 @@ def _json_row(path: str, line: int, raw: bytes) -> Row | RowError:
     try:
         return Row(_object(STRICT.decode(text), SUSPICIOUS_ESCAPE.search(text) is not None), path, line)
     except RowError as error:
+        if error.reason == "not-an-object" and text.lstrip().startswith("[") and path.lower().endswith(".jsonl"):
+            error = RowError(f"{error} A file that is one JSON array must be named .json.", error.reason)
         return error.at_line(path, line)
     except json.JSONDecodeError as error:
         return RowError(f"{_syntax(error)}. {_line_hint(text, error)}", "bad-json").at_line(path, line)
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
-        return RowError(f"not readable as JSON: {visible(str(error))}. Simplify it.", "bad-json").at_line(path, line)
+        return RowError(f"not readable as JSON: {visible(str(error), 60)}. Simplify it.", "bad-json").at_line(
+            path, line
+        )
 
 
 def _syntax(error: json.JSONDecodeError) -> str:
     start = max(0, error.pos - 30)
     excerpt = visible(error.doc[start : error.pos + 30].strip(), 60)
-    return f"not valid JSON: {error.msg} at column {error.colno}: '{excerpt}'"
+    return f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}: '{excerpt}'"
 
 
 def _line_hint(text: str, error: json.JSONDecodeError) -> str:
@@ -362,7 +368,7 @@ def _element(path: str, text: str, start: int, number: int, suspicious: bool) ->
     except json.JSONDecodeError as error:
         raise _array_error(path, error, number) from None
     except (RecursionError, ValueError) as error:
-        what = f"not readable as JSON: {visible(str(error))}. Simplify it."
+        what = f"not readable as JSON: {visible(str(error), 60)}. Simplify it."
         raise RowError(what, "bad-json").at(path, number) from None
 
 
@@ -461,7 +467,7 @@ def read_parquet(path: str) -> Iterator[Row | RowError]:
                     number += 1
                     yield Row(value, path, number)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        what = visible(str(error), 120)
+        what = visible(str(error), 120).rstrip(".")
         raise DataError(
             f"{path}: not readable as Parquet after row {number}: {what}. Write the file again."
         ) from error

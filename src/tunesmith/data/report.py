@@ -145,7 +145,7 @@ class Report:
         }
 
     def token_statistics(self) -> dict[str, Any] | None:
-        """Totals, the lengths' min, median, mean, p95 and max, and a histogram of up to ten bins; None without rows."""
+        """Totals, the lengths' min, median, mean, p95 and max, and a histogram; None if there are no rows."""
         if not self.lengths:
             return None
         ordered = sorted(self.lengths)
@@ -163,57 +163,34 @@ class Report:
 
     def table(self, console: "Console | None" = None) -> str:
         """The report for a person as plain text; also printed, fitted to its width, if a `console` is given."""
-        text = "\n".join(self._lines(*_shape(console)))
+        lines = list(self._lines(*_shape(console)))
+        text = "\n".join(line for line, _ in lines)
         if console is not None and console.is_terminal:
-            self._print(console)
+            from rich.text import Text
+
+            for line, style in lines:
+                console.print(Text(line, style))
         elif console is not None:
             console.out(text, highlight=False)
         return text
 
-    def _lines(self, width: int, block: str) -> Iterator[str]:
-        yield self._headline()
-        yield from self.notes
-        yield from (f"  dropped  {line}" for line in _reason_lines(self.drops))
-        yield from (f"  changed  {line}" for line in _reason_lines(self.changes))
-        if self.lengths:
-            yield from self._token_lines()
-            yield from (f"  {line}" for line in draw(histogram(self.lengths), width - 2, block))
+    def _lines(self, width: int, block: str) -> Iterator[tuple[str, str]]:
+        """Each line and its style on a terminal."""
+        yield self._headline(), "bold"
+        yield from ((note, "") for note in self.notes)
+        yield from ((f"  dropped  {line}", "red") for line in _reason_lines(self.drops))
+        yield from ((f"  changed  {line}", "yellow") for line in _reason_lines(self.changes))
+        if statistics := self.token_statistics():
+            share = _percent(self.num_trained, self.num_tokens)
+            yield f"{_count(self.num_tokens, 'token')}, {self.num_trained:,} trained ({share})", ""
+            parts = (f"{key} {statistics[key]:,}" for key in ("min", "median", "mean", "p95", "max"))
+            yield f"tokens per row: {', '.join(parts)}", ""
+            yield from ((f"  {line}", "cyan") for line in draw(histogram(self.lengths), width - 2, block))
 
     def _headline(self) -> str:
         num_changed = len({(problem.source, problem.line) for problem in self.changes})
         parts = [f"{_count(self.read, 'row')} read", f"{self.kept:,} kept", f"{self.num_dropped:,} dropped"]
         return ", ".join([*parts, f"{num_changed:,} changed"] if num_changed else parts)
-
-    def _token_lines(self) -> Iterator[str]:
-        statistics = self.token_statistics() or {}
-        share = _percent(self.num_trained, self.num_tokens)
-        yield f"{_count(self.num_tokens, 'token')}, {self.num_trained:,} trained ({share})"
-        yield "tokens per row: " + ", ".join(
-            f"{key} {statistics[key]:,}" for key in ("min", "median", "mean", "p95", "max")
-        )
-
-    def _print(self, console: "Console") -> None:
-        from rich.table import Table
-        from rich.text import Text
-
-        console.print(Text(self._headline(), style="bold"))
-        for note in self.notes:
-            console.print(Text(note))
-        if self.drops or self.changes:
-            grid = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-            for name, justify in (("", "left"), ("reason", "left"), ("rows", "right"), ("first", "left")):
-                grid.add_column(name, justify=justify, overflow="fold")
-            for kind, style, problems in (("dropped", "red", self.drops), ("changed", "yellow", self.changes)):
-                for reason, entry in _by_reason(problems).items():
-                    cells = (kind, reason, f"{entry['rows']:,}", ", ".join(_places(entry["first"])))
-                    grid.add_row(Text(cells[0], style), *map(Text, cells[1:]))
-            console.print(grid)
-        if self.lengths:
-            width, block = _shape(console)
-            for line in self._token_lines():
-                console.print(Text(line))
-            for line in draw(histogram(self.lengths), width - 2, block):
-                console.print(Text(f"  {line}", "cyan"))
 
 
 def _problem(reason: str, row: Any, detail: str) -> Problem:
@@ -419,7 +396,7 @@ def _marked(runs: Iterable[Run]) -> str:
 def _styled(title: str, runs: Iterable[Run]) -> "Text":
     from rich.text import Text
 
-    text = Text(f"{title}\n", style="default")
+    text = Text(f"{title}\n")
     weight = 1.0
     for run in runs:
         if run.trained and run.weight not in (weight, 1):
