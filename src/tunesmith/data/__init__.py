@@ -1,0 +1,1 @@
+"""Rows become token ids and labels: load ─► normalize ─► render ─► tokenize ─► pack."""
