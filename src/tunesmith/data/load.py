@@ -252,7 +252,7 @@ def read_jsonl(path: str) -> Iterator[Row | RowError]:
     """One JSON object per line; blank lines are skipped."""
     for number, raw in _lines(path):
         if not raw.isspace() and raw:
-            yield _json_row(path, number, raw)
+            yield _json_row(path, number, raw.rstrip(b"\r\n"))
 
 
 def _json_row(path: str, line: int, raw: bytes) -> Row | RowError:

@@ -123,8 +123,9 @@ def _renamed_for(format: str, value: Mapping[str, Any], columns: Mapping[str, st
             if ours not in known:
                 hint = did_you_mean(ours, known)
                 raise ConfigError(f"columns: format {format} reads no '{ours}'.{hint} It reads {', '.join(known)}.")
-            if ours in FORMATS[format].columns:
-                _column(value, theirs)
+            if ours in FORMATS[format].columns and theirs not in value:
+                what = f"columns reads '{ours}' from '{theirs}', but the row has {_present(value)}"
+                raise RowError(f"{what}.{did_you_mean(theirs, map(str, value))} Mend columns.", "missing-column")
     return renamed(value, columns)
 
 
@@ -178,18 +179,27 @@ def read_alpaca(value: dict[str, Any]) -> dict[str, Any]:
 
 def read_sharegpt(value: dict[str, Any]) -> dict[str, Any]:
     """Turns under `conversations`, as from/value or role/content; `system` and `tools` columns."""
-    turns = _turns(_column(value, "conversations"), "conversations")
-    messages = [_from_sharegpt(turn, number) for number, turn in enumerate(turns, 1)]
-    return {"messages": _with_system_column(messages, value), "tools": value.get("tools")}
+    return _conversation(value, "conversations")
 
 
-def _from_sharegpt(turn: dict[str, Any], number: int) -> dict[str, Any]:
-    turn = dict(turn)
-    for theirs, ours in (("from", "role"), ("value", "content")):
-        if theirs in turn and turn.get(ours) is None:
-            turn[ours] = turn.pop(theirs)
+def read_messages(value: dict[str, Any]) -> dict[str, Any]:
+    """Turns under `messages`, in the same shapes; content is a text or a list of text parts."""
+    return _conversation(value, "messages")
+
+
+def _conversation(value: dict[str, Any], name: str) -> dict[str, Any]:
+    turns = [_as_role_and_content(turn) for turn in _turns(_column(value, name), name)]
+    return {"messages": _with_system_column(turns, value), "tools": value.get("tools")}
+
+
+def _as_role_and_content(turn: dict[str, Any]) -> dict[str, Any]:
+    """ShareGPT's from/value renamed, and the JSON of a function call as the call that it is."""
+    if "from" in turn and turn.get("role") is None:
+        turn = {
+            {"from": "role", "value": "content"}.get(key, key): item for key, item in turn.items() if item is not None
+        }
     if turn.get("role") == "function_call" and (calls := _tool_calls(turn.get("content"))):
-        turn |= {"content": "", "tool_calls": calls}
+        turn = {**turn, "content": "", "tool_calls": calls}
     return turn
 
 
@@ -203,12 +213,6 @@ def _tool_calls(content: Any) -> list[dict[str, Any]] | None:
     if not calls or not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
         return None
     return [{"type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]
-
-
-def read_messages(value: dict[str, Any]) -> dict[str, Any]:
-    """Turns under `messages` as role/content, where content is a text or a list of text parts; `tools`, `system`."""
-    turns = _turns(_column(value, "messages"), "messages")
-    return {"messages": _with_system_column(turns, value), "tools": value.get("tools")}
 
 
 def read_prompt_completion(value: dict[str, Any]) -> dict[str, Any]:
@@ -253,13 +257,13 @@ FORMATS: dict[str, Format] = {
 
 def _column(value: Mapping[str, Any], name: str) -> Any:
     if name not in value:
-        present = ", ".join(visible(str(key), 40) for key in list(value)[:12]) or "none"
-        hint = did_you_mean(name, map(str, value))
-        raise RowError(
-            f"there is no column '{name}'; the row has {present}.{hint} Rename it with columns: {{{name}: ...}}.",
-            "missing-column",
-        )
+        what = f"there is no column '{name}'; the row has {_present(value)}.{did_you_mean(name, map(str, value))}"
+        raise RowError(f"{what} Name the right one in columns: {{{name}: ...}}.", "missing-column")
     return value[name]
+
+
+def _present(value: Mapping[str, Any]) -> str:
+    return ", ".join(visible(str(key), 40) for key in list(value)[:12]) or "none"
 
 
 def _string(value: Mapping[str, Any], name: str, default: str | None = None) -> str:
@@ -343,7 +347,7 @@ def _filled(text: Any, name: str, reason: str) -> str:
 def _message(turn: Mapping[str, Any], number: int) -> Message:
     """One turn with a known role and a text; keys that are null (as Parquet fills them) are left away."""
     role = turn.get("role")
-    if role not in ROLES if isinstance(role, str) else True:
+    if not isinstance(role, str) or role not in ROLES:
         known = "" if role is None else did_you_mean(str(role), ROLES)
         what = "has no role" if role is None else f"has the unknown role '{visible(str(role), 40)}'"
         raise RowError(f"turn {number} {what}.{known} Known: {', '.join(ROLES)}.", "unknown-role")
