@@ -31,8 +31,16 @@ def byte_tokenizer():
 def tiny_model():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=258, pad_token_id=256,
+        vocab_size=259,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=258,
+        pad_token_id=256,
     )
     return LlamaForCausalLM(config)
