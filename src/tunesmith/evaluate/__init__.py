@@ -1,0 +1,1 @@
+"""Numbers and texts out of a model: batched generation, predictions, metrics over them."""

@@ -1,0 +1,297 @@
+"""Held-out examples → generated_predictions.jsonl, metrics, and the before/after table."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tunesmith.config import DecodingConfig
+from tunesmith.errors import DataError
+from tunesmith.evaluate.generate import encode_prompt, generate_texts, stop_token_ids
+from tunesmith.evaluate.metrics import METRICS, PERCENTAGES, Metric
+from tunesmith.lookup import lookup
+from tunesmith.runs import write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PREDICTIONS_FILE = "generated_predictions.jsonl"
+
+
+class Question(NamedTuple):
+    """What the model is asked, and the answer the example holds."""
+
+    prompt: str
+    """As the model reads it."""
+    label: str | None
+    """None where the example has no answer."""
+    asked: str
+    """What a person wrote last, for tables."""
+
+
+class Comparison(NamedTuple):
+    """One held-out prompt answered twice."""
+
+    prompt: str
+    expected: str
+    before: str
+    after: str
+
+
+def predict(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    decoding: DecodingConfig | Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
+    metric: str | Metric | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Answer every example and write `{"index", "prompt", "label", "predict"}` lines.
+
+    Lines are appended as batches finish, so a run that is cut short keeps its answers; when all are there the file is
+    written anew in the order of the examples.
+
+    Args:
+        model: generates on its own device.
+        tokenizer: read, not changed.
+        examples: `Example`s with messages or prompt and completion; the last assistant turn or the completion is the
+            label, what comes before it the prompt.
+        path: the file, usually `generated_predictions.jsonl` in the run directory.
+        decoding: see `DecodingConfig`.
+        chat_template: Jinja text used in place of the tokenizer's own.
+        metric: name in `METRICS`, `file.py:function`, or a function; computed over the examples that have a label.
+        progress: called with (answered, all) after each batch.
+
+    Returns: `predict_samples`, `predict_runtime` in seconds, and the metric's figures.
+    Raises: DataError for plain-text examples, and for a metric over examples without any label.
+    """
+    path, started = Path(path), time.monotonic()
+    score = lookup(METRICS, metric, "metric") if isinstance(metric, str) else metric
+    questions = [ask(example, tokenizer, chat_template, index) for index, example in enumerate(examples)]
+    if score and questions and not any(question.label is not None for question in questions):
+        raise DataError(f"no example has an expected answer, so '{metric}' cannot be computed. Leave the metric out.")
+    rows: dict[int, dict[str, Any]] = {}
+    answers = generate_texts(
+        model,
+        tokenizer,
+        [question.prompt for question in questions],
+        decoding=decoding,
+        stop_ids=stop_token_ids(model, tokenizer, chat_template),
+        progress=progress,
+    )
+    with open(path, "w", encoding="utf-8") as file:
+        for index, answer in answers:
+            question = questions[index]
+            rows[index] = {"index": index, "prompt": question.prompt, "label": question.label, "predict": answer}
+            file.write(_line(rows[index]))
+            file.flush()
+    ordered = [rows[index] for index in sorted(rows)]
+    write_text(path, "".join(_line(row) for row in ordered))
+    figures: dict[str, float] = {
+        "predict_samples": len(ordered),
+        "predict_runtime": round(time.monotonic() - started, 2),
+    }
+    return figures | (scores(score, ordered) if score else {})
+
+
+def scores(metric: Metric, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The metric over the rows of a predictions file that have a label."""
+    labelled = [row for row in rows if row["label"] is not None]
+    return metric([row["predict"] for row in labelled], [row["label"] for row in labelled])
+
+
+def ask(
+    example: Mapping[str, Any],
+    tokenizer: "PreTrainedTokenizerBase",
+    chat_template: str | None = None,
+    index: int = 0,
+) -> Question:
+    """The prompt of an example, rendered as in training, and its label.
+
+    Prompt and completion strings become a user and an assistant turn where there is a chat template, as they do in
+    training; without one they are read as they are.
+    """
+    where = f"{example['source']} row {example.get('line', '?')}" if example.get("source") else f"example {index}"
+    if example.get("text") is not None:
+        raise DataError(
+            f"{where} is plain text, which has no prompt and no answer. Predict from rows with messages or with "
+            "prompt and completion; `tunesmith eval` gives the loss of plain text."
+        )
+    prompt, completion = example.get("prompt"), example.get("completion")
+    has_template = bool(chat_template or tokenizer.chat_template)
+    if isinstance(prompt, str) and not has_template:
+        return Question(_with_bos(tokenizer, prompt), completion, prompt)
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    messages = example.get("messages") if prompt is None else [*prompt, *(completion or [])]
+    if not messages:
+        raise DataError(f"{where} has neither messages nor a prompt, so there is nothing to answer.")
+    first = None if prompt is None else len(prompt)
+    return _ask_messages(messages, first, example.get("tools"), tokenizer, chat_template)
+
+
+def _ask_messages(
+    messages: Sequence[Mapping[str, Any]],
+    first: int | None,
+    tools: list[dict[str, Any]] | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    chat_template: str | None,
+) -> Question:
+    """`first`: index of the completion's first message, where the example has one."""
+    plain = [_for_template(message) for message in messages]
+    answers = [
+        place for place, message in enumerate(plain) if message["role"] == "assistant" and place >= (first or 0)
+    ]
+    end = answers[-1] if answers else len(plain)
+    prompt = encode_prompt(tokenizer, plain[:end], tools, chat_template)
+    label = _label(plain[: end + 1], prompt, tools, tokenizer, chat_template) if answers else None
+    asked = [message for message in plain[:end] if message["role"] != "assistant"]
+    return Question(prompt, label, _content(asked[-1]) if asked else prompt)
+
+
+def _label(
+    messages: list[dict[str, Any]],
+    prompt: str,
+    tools: list[dict[str, Any]] | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    chat_template: str | None,
+) -> str:
+    """The last message as the model should write it: its content, or with tool calls what the template makes of it."""
+    last = messages[-1]
+    if isinstance(last.get("content"), str) and not last.get("tool_calls"):
+        return last["content"]
+    text = tokenizer.apply_chat_template(messages, tools=tools, chat_template=chat_template, tokenize=False)
+    if not text.startswith(prompt):
+        return _content(last) or json.dumps(last.get("tool_calls"), ensure_ascii=False)
+    ids = tokenizer(text[len(prompt) :], add_special_tokens=False)["input_ids"]
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+
+def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Without tunesmith's own keys, and without None, which templates write out as 'None'."""
+    return {key: value for key, value in message.items() if value is not None and key not in ("train", "weight")}
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return " ".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+
+
+def _with_bos(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
+    """The text behind the tokenizer's BOS, where it has the habit of putting one there."""
+    bos = tokenizer.bos_token
+    if bos is None or text.startswith(bos):
+        return text
+    return bos + text if tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id] else text
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "replace").decode()  # lone surrogates have no UTF-8
+
+
+# ---------------------------------------------------------------------------------------------------- the table
+
+
+def comparisons(
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    before: str | Path,
+    after: str | Path,
+    *,
+    chat_template: str | None = None,
+    limit: int = 5,
+) -> list[Comparison]:
+    """The first `limit` examples beside their answers in two prediction files that `predict` wrote over them."""
+    rows = []
+    for index, (one, other) in enumerate(zip(read_predictions(before)[:limit], read_predictions(after))):
+        asked = ask(examples[index], tokenizer, chat_template, index).asked
+        rows.append(Comparison(asked, one["label"] or "", one["predict"], other["predict"]))
+    return rows
+
+
+def read_predictions(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a predictions file."""
+    return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
+
+
+def before_after_table(
+    rows: Sequence[Comparison | Mapping[str, str]],
+    console: Console,
+    before: Mapping[str, float] | None = None,
+    after: Mapping[str, float] | None = None,
+) -> None:
+    """Print what the model answered before and after training, and the metric over all compared rows.
+
+    Args:
+        rows: a few held-out prompts with the expected text and both answers.
+        console: a table on a terminal that is wide enough, plain paragraphs elsewhere.
+        before: the metric's figures before training, e.g. `{"exact_match": 0.0}`.
+        after: the same figures after training.
+    """
+    comparisons = [row if isinstance(row, Comparison) else Comparison(**row) for row in rows]
+    if console.is_terminal and console.width >= 80:
+        console.print(_table(comparisons))
+    else:
+        for number, row in enumerate(comparisons, 1):
+            console.out(_paragraph(number, row), highlight=False)
+    for name, value in (after or {}).items():
+        was = f"{before[name]:.1f} → " if before and name in before else ""
+        unit = " %" if name in PERCENTAGES else ""
+        console.out(f"{name.replace('_', ' ')}: {was}{value:.1f}{unit}", highlight=False)
+
+
+def _table(rows: Sequence[Comparison]) -> Table:
+    table = Table(show_lines=True, title="Held-out prompts, before and after training", title_justify="left")
+    for heading in ("prompt", "expected", "before", "after"):
+        table.add_column(heading, ratio=1, overflow="fold")
+    for row in rows:
+        is_right = row.after.strip() == row.expected.strip()
+        shown = [Text(shorten(printable(text), 240)) for text in row]
+        shown[3].stylize("green" if is_right else "yellow")
+        table.add_row(*shown)
+    return table
+
+
+def _paragraph(number: int, row: Comparison) -> str:
+    lines = [f"{number}. prompt:   {_one_line(row.prompt)}"]
+    lines += [f"   {name + ':':9} {_one_line(text)}" for name, text in zip(row._fields[1:], row[1:])]
+    return "\n".join(lines) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return shorten(" ".join(printable(text).split()), 240) or "(nothing)"
+
+
+def shorten(text: str, limit: int) -> str:
+    """Cut out the middle: the beginning and the end of a prompt say most.
+
+    >>> shorten("abcdefghij", 7)
+    'abc … j'
+    """
+    if len(text) <= limit:
+        return text
+    tail = (limit - 3) // 3
+    return f"{text[: limit - 3 - tail]} … {text[len(text) - tail :]}"
+
+
+_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-_]?")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text that cannot move the cursor, recolour the terminal or turn the writing direction; line ends stay."""
+    return _CONTROLS.sub("", _ESCAPES.sub("", text))

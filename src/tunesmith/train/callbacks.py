@@ -1,0 +1,428 @@
+"""What a person watches while the trainer trains: files of the run, progress on the terminal, and the loss curve."""
+
+# ruff: noqa: D102 -- TrainerCallback describes its hooks
+
+import atexit
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tunesmith.runs import Run, append_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+logger = logging.getLogger(__name__)
+
+TRAINER_LOG_FILE = "trainer_log.jsonl"
+STATUS_SECONDS = 1.0  # status.json is synced to disk: not more often than a page reads it
+
+
+class Pace:
+    """Speed and remaining time from what has been measured, without the first step.
+
+    The first step pays for compilation, caches and memory that later steps find ready, so it is counted in nothing.
+    Evaluation and saving count in the remaining time but not in the training speed.
+    """
+
+    def __init__(
+        self, tokens_seen: Callable[[], int] | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.tokens_seen = tokens_seen
+        self.clock = clock
+        self.start(step=0)
+
+    def start(self, step: int) -> None:
+        """Begin to measure; a resumed run begins at its step."""
+        self.started = self.mark = self.clock()
+        self.step = step
+        self.first_step: int | None = None  # the step after which measuring begins
+        self.first_step_ended = self.started
+        self.tokens_then = 0
+        self.tokens_now = 0
+        self.step_seconds = 0.0
+
+    def end_step(self, step: int) -> None:
+        """Call when an optimizer step is done."""
+        now = self.clock()
+        self.tokens_now = int(self.tokens_seen()) if self.tokens_seen else 0
+        if self.first_step is None:
+            self.first_step, self.first_step_ended, self.tokens_then = step, now, self.tokens_now
+        else:
+            self.step_seconds += now - self.mark
+        self.step, self.mark = step, now
+
+    def skip(self) -> None:
+        """Call after anything that is not training: the time until now belongs to no step."""
+        self.mark = self.clock()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since training began."""
+        return self.clock() - self.started
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Real tokens per second of training, or None before the second step has ended."""
+        tokens = self.tokens_now - self.tokens_then
+        return tokens / self.step_seconds if tokens > 0 and self.step_seconds > 0 else None
+
+    def remaining(self, total_steps: int) -> float | None:
+        """Seconds to the last step at the pace so far, or None while there is nothing to go by."""
+        if self.step >= total_steps:
+            return 0.0
+        if self.first_step is None or self.step <= self.first_step:
+            return None
+        seconds_per_step = (self.clock() - self.first_step_ended) / (self.step - self.first_step)
+        return seconds_per_step * (total_steps - self.step)
+
+
+class RunLogCallback(TrainerCallback):
+    """Writes metrics.jsonl, trainer_log.jsonl and status.json into the run directory as training goes.
+
+    The state stays `running` when training ends: whoever started the run says when it is completed.
+
+    Args:
+        run: the run that is written to, by the first process only.
+        tokens_seen: real tokens (no padding) trained so far; None leaves the speed out.
+    """
+
+    def __init__(self, run: Run, tokens_seen: Callable[[], int] | None = None) -> None:
+        self.run = run
+        self.pace = Pace(tokens_seen)
+        self.figures: dict[str, Any] = {}
+        self.status_written = -math.inf
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.pace.start(state.global_step)
+        self.figures = {}
+        if state.is_world_process_zero:
+            if state.global_step == 0:  # a resumed run goes on in the same file
+                (self.run.path / TRAINER_LOG_FILE).unlink(missing_ok=True)
+            self._write_status(state, force=True)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.pace.end_step(state.global_step)
+        if state.is_world_process_zero:
+            self._write_status(state)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.pace.skip()
+
+    on_save = on_evaluate
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        self.figures |= {key: logs[key] for key in ("loss", "eval_loss") if key in logs}
+        self.run.log_metrics({"step": state.global_step} | logs)
+        append_line(self.run.path / TRAINER_LOG_FILE, self._trainer_log_line(state, logs))
+        self._write_status(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._write_status(state, force=True)
+
+    def _trainer_log_line(self, state: TrainerState, logs: Mapping[str, Any]) -> dict[str, Any]:
+        remaining = self.pace.remaining(state.max_steps)
+        line = {
+            "current_steps": state.global_step,
+            "total_steps": state.max_steps,
+            "loss": logs.get("loss"),
+            "eval_loss": logs.get("eval_loss"),
+            "learning_rate": logs.get("learning_rate"),
+            "epoch": logs.get("epoch"),
+            "percentage": round(100 * state.global_step / state.max_steps, 2) if state.max_steps > 0 else None,
+            "elapsed_time": clock_text(self.pace.elapsed, hours=True),
+            "remaining_time": None if remaining is None else clock_text(remaining, hours=True),
+        }
+        return {key: value for key, value in line.items() if value is not None}
+
+    def _write_status(self, state: TrainerState, force: bool = False) -> None:
+        now = self.pace.clock()
+        if not force and now - self.status_written < STATUS_SECONDS:
+            return
+        self.status_written = now
+        self.run.write_status(
+            "running",
+            step=state.global_step,
+            total_steps=state.max_steps,
+            **self.figures,
+            tokens_per_second=_rounded(self.pace.tokens_per_second),
+            eta_seconds=_rounded(self.pace.remaining(state.max_steps)),
+        )
+
+
+class ProgressCallback(TrainerCallback):
+    """Progress for a person: one bar on a terminal, and anywhere else plain lines that get rarer as time goes on.
+
+    It takes the place of transformers' `ProgressCallback` and `PrinterCallback` (see `use_progress`). The caller who
+    catches an exception of `train()` calls `close()`, which gives the terminal its cursor back.
+
+    Args:
+        tokens_seen: real tokens (no padding) trained so far; None leaves the speed out.
+        console: where to write; None is standard output.
+        seconds_between_lines: plain lines come no faster than this; the first, the last and evaluations always do.
+    """
+
+    def __init__(
+        self,
+        tokens_seen: Callable[[], int] | None = None,
+        console: Console | None = None,
+        seconds_between_lines: float = 5.0,
+    ) -> None:
+        self.console = console or Console()
+        self.pace = Pace(tokens_seen)
+        self.seconds_between_lines = seconds_between_lines
+        self.line_printed = -math.inf
+        self.logs: dict[str, Any] = {}
+        self.evaluated_batches = 0
+        self.bar: Progress | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.pace.start(state.global_step)
+        self.logs, self.line_printed = {}, -math.inf
+        if state.is_world_process_zero and self.console.is_interactive and not args.disable_tqdm:
+            self._open_bar(state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.pace.end_step(state.global_step)
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], completed=state.global_step)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.evaluated_batches += 1
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.evaluated_batches = 0
+        self.pace.skip()
+
+    on_save = on_predict = on_evaluate
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        self.logs |= logs
+        is_evaluation = "eval_loss" in logs
+        if is_evaluation or ("loss" in logs and not self.bar and self._is_due(state)):
+            line = progress_line(state.global_step, state.max_steps, logs, self.pace)
+            self.console.out(line, highlight=False)  # `out` does not wrap: one log is one line
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it stands and give the terminal back; may be called twice."""
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+            atexit.unregister(self.close)
+
+    def _open_bar(self, state: TrainerState) -> None:
+        columns: list[ProgressColumn] = [_FiguresColumn(self)]
+        if self.console.width >= 72:
+            columns.insert(0, BarColumn(bar_width=max(10, min(40, self.console.width - 62))))
+        self.bar = Progress(*columns, console=self.console, refresh_per_second=4)
+        self.bar.add_task("train", total=state.max_steps, completed=state.global_step)
+        atexit.register(self.close)  # an exception that nobody catches must not leave the cursor hidden
+        self.bar.start()
+
+    def _is_due(self, state: TrainerState) -> bool:
+        """True for the first and the last step, and when enough time has passed: 5 s, later 1 % of the run so far."""
+        now = self.pace.clock()
+        wait = max(self.seconds_between_lines, self.pace.elapsed / 100)
+        if now - self.line_printed < wait and state.global_step < state.max_steps:
+            return False
+        self.line_printed = now
+        return True
+
+
+class _FiguresColumn(ProgressColumn):
+    """`12/90 · loss 0.834 · 412 tokens/s · 0:07 gone · 0:35 left`, as much of it as fits."""
+
+    max_refresh = None
+
+    def __init__(self, callback: ProgressCallback) -> None:
+        super().__init__()
+        self.callback = callback
+
+    def render(self, task: Task) -> Text:
+        pace, loss, batches = self.callback.pace, self.callback.logs.get("loss"), self.callback.evaluated_batches
+        step, total = int(task.completed), int(task.total or 0)
+        speed, left = pace.tokens_per_second, pace.remaining(total)
+        parts = [  # (what to give up first, text)
+            (9, f"{step}/{total}"),
+            (8, f"loss {loss:.3f}" if isinstance(loss, float) else ""),
+            (6, f"evaluating, batch {batches}" if batches else f"{speed:,.0f} tokens/s" if speed else ""),
+            (5, f"{clock_text(pace.elapsed)} gone"),
+            (7, f"{clock_text(left)} left" if left is not None and step < total else ""),
+        ]
+        parts = [part for part in parts if part[1]]
+        room = self.callback.console.width if self.callback.console.width < 72 else 58
+        while len(" · ".join(text for _, text in parts)) > room - 1 and len(parts) > 1:
+            parts.remove(min(parts))
+        return Text(" · ".join(text for _, text in parts), no_wrap=True, overflow="ellipsis")
+
+
+def use_progress(trainer: Any, callback: ProgressCallback) -> None:
+    """Put `callback` in the place of the progress callbacks that transformers gave the trainer."""
+    from transformers.trainer_callback import PrinterCallback
+    from transformers.trainer_callback import ProgressCallback as TransformersProgressCallback
+
+    trainer.remove_callback(TransformersProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(callback)
+
+
+def progress_line(step: int, total_steps: int, logs: Mapping[str, Any], pace: Pace) -> str:
+    """One plain line, e.g. `step 12/90 · loss 0.834 · grad norm 1.20 · lr 9.1e-04 · 412 tokens/s · 0:35 left`."""
+    parts = [f"step {step}/{total_steps}"]
+    for key, label, form in (
+        ("loss", "loss", ".3f"),
+        ("eval_loss", "eval loss", ".3f"),
+        ("grad_norm", "grad norm", ".2f"),
+        ("learning_rate", "lr", ".1e"),
+    ):
+        if logs.get(key) is not None:
+            parts.append(f"{label} {float(logs[key]):{form}}")
+    if "loss" in logs and pace.tokens_per_second:
+        parts.append(f"{pace.tokens_per_second:,.0f} tokens/s")
+    remaining = pace.remaining(total_steps)
+    if remaining and step < total_steps:
+        parts.append(f"{clock_text(remaining)} left")
+    return " · ".join(parts)
+
+
+def clock_text(seconds: float, hours: bool = False) -> str:
+    """Seconds as `m:ss`, or `h:mm:ss` from an hour on or when `hours` is set.
+
+    >>> clock_text(35), clock_text(3_725), clock_text(35, hours=True)
+    ('0:35', '1:02:05', '0:00:35')
+    """
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}" if hour or hours else f"{minute}:{second:02d}"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- the loss curve
+
+
+def plot_loss(log_history: Sequence[Mapping[str, Any]], path: str | Path, title: str = "Training loss") -> Path | None:
+    """Draw training and held-out loss over optimizer steps as a PNG.
+
+    Args:
+        log_history: what `trainer.state.log_history` holds, or `read_metrics` returns.
+        path: the file to write.
+        title: one line over the picture.
+
+    Returns: the path, or None, with a warning in the log, when there is no loss to draw.
+    """
+    training, held_out = _losses(log_history, "loss"), _losses(log_history, "eval_loss")
+    if not training and not held_out:
+        logger.warning("No loss was logged, so %s is not drawn. Lower logging_steps to log sooner.", path)
+        return None
+    from matplotlib.figure import Figure  # not pyplot: no global state, no window system
+
+    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    if training:
+        _draw_training(axes, training)
+    if held_out:
+        label = f"held out (last {held_out[-1][1]:.3g})"
+        axes.plot(*zip(*held_out), color="#d1495b", linewidth=1.6, marker="o", markersize=5, label=label, zorder=4)
+    _draw_axes(axes, [value for _, value in training + held_out], title)
+    path = Path(path)
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    figure.savefig(staged, format="png")
+    os.replace(staged, path)
+    return path
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential moving average that grows calmer with the number of values: weight 1.8 · (sigmoid(n / 20) − 0.5)."""
+    weight = 1.8 * (1 / (1 + math.exp(-0.05 * len(values))) - 0.5)
+    smoothed: list[float] = []
+    for value in values:
+        last = smoothed[-1] if smoothed else value
+        smoothed.append(weight * last + (1 - weight) * value)
+    return smoothed
+
+
+def _losses(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, loss) of every log that has a finite one."""
+    points = [(int(row["step"]), float(row[key])) for row in log_history if key in row and "step" in row]
+    return [(step, loss) for step, loss in points if math.isfinite(loss)]
+
+
+def _draw_training(axes: "Axes", training: list[tuple[int, float]]) -> None:
+    """Every logged loss in a pale colour, the moving average over it."""
+    steps, losses = zip(*training)
+    dots = {"marker": ".", "markersize": 5} if len(steps) <= 200 else {}
+    axes.plot(steps, losses, color="#9db4c8", linewidth=0.8, label="training", zorder=2, **dots)
+    if len(steps) > 2:
+        smoothed = smooth(smooth(losses)[::-1])[::-1]  # once in each direction: one pass lags behind a falling loss
+        label = f"training, smoothed (last {smoothed[-1]:.3g})"
+        axes.plot(steps, smoothed, color="#1f5a87", linewidth=2, label=label, zorder=3)
+
+
+def _draw_axes(axes: "Axes", losses: list[float], title: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = min(losses), max(losses)
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    # From zero where the curve comes near it; else from just below the lowest point, or a small change would not show.
+    axes.set_ylim(0 if 0 <= low < 0.4 * high else low - margin, high + margin)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10], integer=True))
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per trained token)")
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper right", fontsize=9, framealpha=0.85, edgecolor="none")

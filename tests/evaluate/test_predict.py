@@ -1,0 +1,156 @@
+"""Predictions: a file that survives an interruption, prompts as in training, a table that a person can read."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from tunesmith.errors import DataError
+from tunesmith.evaluate.generate import generate_texts
+from tunesmith.evaluate.predict import (
+    Comparison,
+    ask,
+    before_after_table,
+    comparisons,
+    predict,
+    printable,
+    read_predictions,
+    shorten,
+)
+
+SHORT = {"max_new_tokens": 4, "generation_batch_size": 2}
+
+
+def chat(*contents):
+    roles = ("user", "assistant") * len(contents)
+    return {"messages": [{"role": role, "content": content} for role, content in zip(roles, contents)]}
+
+
+EXAMPLES = [chat("one?", "1"), chat("a longer question?", "你好 é"), {"prompt": "2+2?", "completion": "4"}]
+
+
+def test_predictions_are_in_the_order_of_the_examples(tiny_model, byte_tokenizer, tmp_path):
+    path = tmp_path / "generated_predictions.jsonl"
+    figures = predict(tiny_model, byte_tokenizer, EXAMPLES, path, decoding=SHORT, metric="exact_match")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [list(row) for row in rows] == [["index", "prompt", "label", "predict"]] * 3
+    assert [(row["index"], row["label"]) for row in rows] == [(0, "1"), (1, "你好 é"), (2, "4")]
+    assert "你好" in path.read_text()
+    answers = dict(generate_texts(tiny_model, byte_tokenizer, [row["prompt"] for row in rows], decoding=SHORT))
+    assert [row["predict"] for row in rows] == [answers[0], answers[1], answers[2]]
+    assert (figures["predict_samples"], figures["exact_match"]) == (3, 0.0)
+
+
+def test_an_interrupted_prediction_keeps_the_answers_it_has(tiny_model, byte_tokenizer, tmp_path):
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(tiny_model, byte_tokenizer, EXAMPLES, tmp_path / "p.jsonl", decoding=SHORT, progress=interrupt)
+    assert sorted(row["index"] for row in read_predictions(tmp_path / "p.jsonl")) == [0, 1]
+
+
+def test_a_metric_may_be_a_function_and_sees_only_labelled_rows(tiny_model, byte_tokenizer, tmp_path):
+    seen = []
+
+    def metric(predictions, references):
+        seen.extend(references)
+        return {"mine": 1.0}
+
+    examples = [chat("one?"), chat("two?", "2")]
+    figures = predict(tiny_model, byte_tokenizer, examples, tmp_path / "p.jsonl", decoding=SHORT, metric=metric)
+    assert (seen, figures["mine"]) == (["2"], 1.0)
+    with pytest.raises(DataError, match="no example has an expected answer"):
+        predict(tiny_model, byte_tokenizer, examples[:1], tmp_path / "p.jsonl", decoding=SHORT, metric="exact_match")
+
+
+def test_the_last_assistant_turn_is_the_label_and_what_precedes_it_the_prompt(byte_tokenizer):
+    question = ask(chat("a", "b", "c", "d", "bye"), byte_tokenizer)
+    assert question.prompt.endswith("b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
+    assert (question.label, question.asked) == ("d", "c")
+
+
+def test_prompt_and_completion_read_alike_as_strings_and_as_messages(byte_tokenizer):
+    strings = {"prompt": "2+2?", "completion": "4"}
+    lists = {"prompt": [{"role": "user", "content": "2+2?"}], "completion": [{"role": "assistant", "content": "4"}]}
+    assert ask(strings, byte_tokenizer) == ask(lists, byte_tokenizer) == ask(chat("2+2?", "4"), byte_tokenizer)
+
+
+def test_without_a_chat_template_prompt_strings_are_read_as_they_are(byte_tokenizer):
+    byte_tokenizer.chat_template = None
+    assert ask({"prompt": "2+2?", "completion": "4"}, byte_tokenizer)[:2] == ("2+2?", "4")
+
+
+def test_a_tool_call_is_expected_as_the_template_writes_it(byte_tokenizer):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.tool_calls or [] %}CALL {{ c.function.name }}"
+        "{% endfor %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    messages = [*chat("a")["messages"], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert ask({"messages": messages}, byte_tokenizer, template).label == "CALL add"
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"text": "a", "source": "data/t.txt", "line": 7}, r"data/t\.txt row 7 is plain text"),
+        ({"source": "a.jsonl", "line": 1}, r"a\.jsonl row 1 has neither messages nor a prompt"),
+        ({"messages": []}, "example 0 has neither"),
+    ],
+)
+def test_what_cannot_be_asked_is_named(byte_tokenizer, example, message):
+    with pytest.raises(DataError, match=message):
+        ask(example, byte_tokenizer)
+
+
+ROWS = [
+    Comparison("Order: 3 apples", '{"n": 3}', "Sure! Here \x1b[31mis", '{"n": 3}'),
+    Comparison("x" * 1000, "1", "", "2"),
+]
+
+
+def test_without_a_terminal_the_table_is_plain_paragraphs():
+    console = Console(file=io.StringIO(), width=40)
+    before_after_table(ROWS, console, {"exact_match": 0.0}, {"exact_match": 50.0, "mine": 2.0})
+    text = console.file.getvalue()
+    assert text.startswith(
+        '1. prompt:   Order: 3 apples\n   expected: {"n": 3}\n   before:   Sure! Here is\n   after:    {"n": 3}\n'
+    )
+    assert "before:   (nothing)" in text
+    assert text.endswith("exact match: 0.0 → 50.0 %\nmine: 2.0\n")
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) < 260
+
+
+def test_on_a_terminal_the_table_has_four_columns_and_no_foreign_escapes():
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
+    before_after_table([row._asdict() for row in ROWS], console, None, {"exact_match": 50.0})
+    text = console.file.getvalue()
+    assert all(heading in text for heading in ("prompt", "expected", "before", "after"))
+    assert "31m" not in text
+    assert "exact match: 50.0 %" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_table_is_read_out_of_two_prediction_files(tmp_path, byte_tokenizer):
+    for name in ("before", "after"):
+        rows = [{"index": i, "prompt": "<|im_start|>", "label": str(i), "predict": name} for i in range(2)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = comparisons(EXAMPLES, byte_tokenizer, tmp_path / "before", tmp_path / "after", limit=1)
+    assert found == [Comparison("one?", "0", "before", "after")]
+
+
+def test_a_long_text_loses_its_middle():
+    assert shorten("abcdefghij", 7) == "abc … j"
+    assert shorten("abc", 7) == "abc"
+    assert len(shorten("x" * 1000, 100)) == 100
+
+
+@pytest.mark.parametrize("bad", ["\x1b[2J", "\x1b]0;title\x07", "\x07", "\r", "\x9b2J", "\u202e", "\x1bc"])
+def test_printable_text_cannot_steer_the_terminal(bad):
+    assert "\x1b" not in printable(f"a{bad}b")
+    assert printable(f"a{bad}b").startswith("a")
+    assert printable("tabs\tand\nlines, é 你 🙂") == "tabs\tand\nlines, é 你 🙂"
