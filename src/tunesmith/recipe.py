@@ -630,32 +630,13 @@ Values = Mapping[str, Any]
 Where = Mapping[str, Given]
 
 
-def _both_half_types(v: Values, given: Where) -> str | None:
-    if v["bf16"] and v["fp16"]:
-        return "bf16 and fp16 cannot both be true. Keep one."
-    return None
+class Rule(NamedTuple):
+    """Options that contradict each other; left unchecked where one of `keys` is itself wrong."""
 
-
-def _packing_and_grouping(v: Values, given: Where) -> str | None:
-    if v["packing"] and v["train_sampling_strategy"] == "group_by_length":
-        return (
-            "packing joins examples into full rows, so train_sampling_strategy: group_by_length has nothing to group."
-        )
-    return None
-
-
-def _options_of_another_adapter(v: Values, given: Where) -> str | None:
-    unused = [key for key in UNUSED_BY_ADAPTER.get(v["adapter"], ()) if differs(key, given)]
-    if not unused:
-        return None
-    fits = "lora" if unused[0] in LORA_KEYS else "freeze"
-    return f"adapter: {v['adapter']} does not use {', '.join(unused)}. Set adapter: {fits}, or remove them."
-
-
-def _merge_without_lora(v: Values, given: Where) -> str | None:
-    if v["do_merge"] and v["adapter"] in ("full", "freeze"):
-        return f"do_merge has nothing to merge with adapter: {v['adapter']}. Remove it."
-    return None
+    keys: tuple[str, ...]
+    broken: Callable[[Values, Where], Any]
+    message: str
+    """A sentence in which `{name}` stands for an option's value."""
 
 
 def has_eval(v: Values) -> bool:
@@ -663,80 +644,85 @@ def has_eval(v: Values) -> bool:
     return bool(v["eval_dataset"]) or v["val_size"] > 0
 
 
-def _best_model_without_eval(v: Values, given: Where) -> str | None:
-    if v["load_best_model_at_end"] and v["eval_strategy"] == "no":
-        return "load_best_model_at_end needs evaluations during the run. Set eval_strategy: steps or epoch."
-    return None
+def gives_any(keys: Iterable[str], given: Where) -> bool:
+    """Whether one of `keys` was given a value of its own."""
+    return any(differs(key, given) for key in keys)
 
 
-def _eval_without_data(v: Values, given: Where) -> str | None:
-    if v["eval_strategy"] != "no" and not has_eval(v):
-        return f"eval_strategy: {v['eval_strategy']} needs held-out examples. Set eval_dataset or val_size."
-    return None
-
-
-def _compare_without_data(v: Values, given: Where) -> str | None:
-    if v["compare_rows"] and not has_eval(v):
-        return "compare_rows needs held-out examples. Set eval_dataset or val_size."
-    return None
-
-
-def _two_eval_sources(v: Values, given: Where) -> str | None:
-    if v["eval_dataset"] and v["val_size"] > 0:
-        return "eval_dataset and val_size both say what is held out. Keep one."
-    return None
-
-
-def _warmup_longer_than_run(v: Values, given: Where) -> str | None:
-    if 0 < v["max_steps"] < v["warmup_steps"]:
-        return f"warmup_steps ({v['warmup_steps']:g}) is longer than the run (max_steps {v['max_steps']})."
-    return None
-
-
-def _two_lengths_of_run(v: Values, given: Where) -> str | None:
-    if v["max_steps"] > 0 and "num_train_epochs" in given:
-        return "max_steps and num_train_epochs both say how long to train. Keep one."
-    return None
-
-
-def _budget_below_length(v: Values, given: Where) -> str | None:
-    if v["tokens_per_batch"] and v["max_length"] and v["tokens_per_batch"] < v["max_length"]:
-        return (
-            f"tokens_per_batch ({v['tokens_per_batch']}) is below max_length ({v['max_length']}), so the longest "
-            "example would not fit. Raise the one or lower the other."
-        )
-    return None
-
-
-def _code_from_a_file(v: Values, given: Where) -> str | None:
-    if v["trust_remote_code"] and given["trust_remote_code"].layer == FILE:
-        return (
-            "a recipe may not allow code from a model. Remove it and pass --trust_remote_code if you trust the model."
-        )
-    return None
-
-
-def _no_training(v: Values, given: Where) -> str | None:
-    if "do_train" in given and not v["do_train"]:
-        return "`tunesmith train` always trains. Remove it, or use `tunesmith eval` or `tunesmith predict`."
-    return None
-
-
-# Keys a check reads → the check. It is left out where one of its keys is itself wrong.
-CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Values, Where], str | None]]] = [
-    (("bf16", "fp16"), _both_half_types),
-    (("packing", "train_sampling_strategy"), _packing_and_grouping),
-    (("adapter", *LORA_KEYS, *FREEZE_KEYS), _options_of_another_adapter),
-    (("do_merge", "adapter"), _merge_without_lora),
-    (("load_best_model_at_end", "eval_strategy"), _best_model_without_eval),
-    (("eval_strategy", "eval_dataset", "val_size"), _eval_without_data),
-    (("compare_rows", "eval_dataset", "val_size"), _compare_without_data),
-    (("eval_dataset", "val_size"), _two_eval_sources),
-    (("warmup_steps", "max_steps"), _warmup_longer_than_run),
-    (("max_steps", "num_train_epochs"), _two_lengths_of_run),
-    (("tokens_per_batch", "max_length"), _budget_below_length),
-    (("trust_remote_code",), _code_from_a_file),
-    (("do_train",), _no_training),
+# What no recipe file may say, for any task; then what cannot hold together in training.
+SAFETY = [
+    Rule(
+        ("trust_remote_code",),
+        lambda v, given: v["trust_remote_code"] and given["trust_remote_code"].layer == FILE,
+        "a recipe may not allow a model's code to run. Remove it; pass --trust_remote_code if you trust the model.",
+    )
+]
+CONTRADICTIONS = [
+    Rule(
+        ("bf16", "fp16"),
+        lambda v, given: v["bf16"] and v["fp16"],
+        "bf16 and fp16 cannot both be true. Keep one.",
+    ),
+    Rule(
+        ("packing", "train_sampling_strategy"),
+        lambda v, given: v["packing"] and v["train_sampling_strategy"] == "group_by_length",
+        "packing fills every row, so group_by_length has nothing to group. Remove train_sampling_strategy.",
+    ),
+    Rule(
+        ("adapter", *LORA_KEYS),
+        lambda v, given: v["adapter"] in ("full", "freeze") and gives_any(LORA_KEYS, given),
+        "LoRA options have no effect with adapter: {adapter}. Set adapter: lora, or remove them.",
+    ),
+    Rule(
+        ("adapter", *FREEZE_KEYS),
+        lambda v, given: v["adapter"] in ("full", "lora") and gives_any(FREEZE_KEYS, given),
+        "freeze options have no effect with adapter: {adapter}. Set adapter: freeze, or remove them.",
+    ),
+    Rule(
+        ("do_merge", "adapter"),
+        lambda v, given: v["do_merge"] and v["adapter"] in ("full", "freeze"),
+        "do_merge has nothing to merge with adapter: {adapter}. Remove it.",
+    ),
+    Rule(
+        ("load_best_model_at_end", "eval_strategy"),
+        lambda v, given: v["load_best_model_at_end"] and v["eval_strategy"] == "no",
+        "load_best_model_at_end needs evaluations during the run. Set eval_strategy: steps or epoch.",
+    ),
+    Rule(
+        ("eval_strategy", "eval_dataset", "val_size"),
+        lambda v, given: v["eval_strategy"] != "no" and not has_eval(v),
+        "eval_strategy: {eval_strategy} needs held-out examples. Set eval_dataset or val_size.",
+    ),
+    Rule(
+        ("compare_rows", "eval_dataset", "val_size"),
+        lambda v, given: v["compare_rows"] and not has_eval(v),
+        "compare_rows needs held-out examples. Set eval_dataset or val_size.",
+    ),
+    Rule(
+        ("eval_dataset", "val_size"),
+        lambda v, given: v["eval_dataset"] and v["val_size"] > 0,
+        "eval_dataset and val_size both say what is held out. Keep one.",
+    ),
+    Rule(
+        ("warmup_steps", "max_steps"),
+        lambda v, given: 0 < v["max_steps"] < v["warmup_steps"],
+        "warmup_steps ({warmup_steps:g}) is more than max_steps ({max_steps}). Lower it.",
+    ),
+    Rule(
+        ("max_steps", "num_train_epochs"),
+        lambda v, given: v["max_steps"] > 0 and "num_train_epochs" in given,
+        "max_steps and num_train_epochs both say how long to train. Keep one.",
+    ),
+    Rule(
+        ("tokens_per_batch", "max_length"),
+        lambda v, given: v["tokens_per_batch"] and v["max_length"] and v["tokens_per_batch"] < v["max_length"],
+        "tokens_per_batch ({tokens_per_batch}) is below max_length ({max_length}): the longest example would not fit.",
+    ),
+    Rule(
+        ("do_train",),
+        lambda v, given: "do_train" in given and not v["do_train"],
+        "`tunesmith train` always trains. Remove it, or use `tunesmith eval` or `tunesmith predict`.",
+    ),
 ]
 
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -761,11 +747,11 @@ def check(chosen: Where, problems: Problems, task: Task) -> None:
         present = values[key] or (key == "eval_dataset" and values["val_size"] > 0)
         if not present and key not in problems.keys:
             problems.found.append((9, 0, f"{problems.source}: {key} is not set. {HOW_TO_SET[key]}"))
-    for keys, rule in CONTRADICTIONS:
-        if problems.keys.intersection(keys) or (task not in ("train", "check") and rule is not _code_from_a_file):
-            continue
-        if message := rule(values, chosen):
-            places = [chosen[key].where for key in keys if differs(key, chosen)]
+    rules = SAFETY + (CONTRADICTIONS if task in ("train", "check") else [])
+    for rule in rules:
+        if not problems.keys.intersection(rule.keys) and rule.broken(values, chosen):
+            places = [chosen[key].where for key in rule.keys if differs(key, chosen)]
+            message = rule.message.format_map(values)
             problems.found.append((9, 1, f"{', '.join(places) or problems.source}: {message}"))
 
 
