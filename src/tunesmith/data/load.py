@@ -10,6 +10,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -184,9 +185,8 @@ def _decode(raw: bytes, path: str, line: int) -> str:
 def _not_utf8(raw: bytes, error: UnicodeDecodeError, path: str) -> RowError:
     encoding = _likely_encoding(raw)
     before = visible(raw[max(0, error.start - 30) : error.start].decode("utf-8", "replace"), 30)
-    what = f"not UTF-8: byte 0x{raw[error.start]:02X} at byte {error.start + 1} of the line" + (
-        f", after '{before}'" if before else ""
-    )
+    after = f", after '{before}'" if before else ""
+    what = f"not UTF-8: byte 0x{raw[error.start]:02X} at byte {error.start + 1} of the line{after}"
     return RowError(f"{what}. It decodes as {encoding}. {_convert(encoding, path)}", "not-utf-8")
 
 
@@ -195,11 +195,7 @@ def _likely_encoding(raw: bytes) -> str:
     high_runs = re.findall(rb"[\x80-\xff]+", raw)
     in_pairs = sum(len(run) for run in high_runs if len(run) > 1)
     if 2 * in_pairs > sum(map(len, high_runs)):
-        try:
-            raw.decode("gb18030")
-        except UnicodeDecodeError:
-            return "LATIN1"
-        return "GBK" if _decodes(raw, "gbk") else "GB18030"
+        return next((name for name in ("GBK", "GB18030") if _decodes(raw, name)), "LATIN1")
     return "LATIN1"
 
 
@@ -334,8 +330,15 @@ def read_json(path: str) -> Iterator[Row | RowError]:
             )
         yield from read_jsonl(path)
         return
-    text = "\n".join(_decode(line, path, number) for number, line in enumerate(raw.split(b"\n"), 1))
-    yield from _array_rows(path, text)
+    yield from _array_rows(path, _decode_file(raw, path))
+
+
+def _decode_file(raw: bytes, path: str) -> str:
+    """The text of a whole file. Only if something is wrong with it is it taken line by line, to name the line."""
+    if b"\0" not in raw:
+        with suppress(UnicodeDecodeError):
+            return raw.decode("utf-8")
+    return "\n".join(_decode(line, path, number) for number, line in enumerate(raw.split(b"\n"), 1))
 
 
 def _array_rows(path: str, text: str) -> Iterator[Row | RowError]:

@@ -522,7 +522,7 @@ def _format_of(value: Mapping[str, Any]) -> str | None:
 def _no_format(row: Row, columns: Mapping[str, str] | None) -> str:
     value = renamed(row.value, columns) if columns else row.value
     present = [str(key) for key in value]
-    found = f"{place(row.source, row.line)}: no known format has the columns {_names(present[:12])}"
+    found = f"{place(row.source, row.line)}: no known format has the columns {_present(value)}"
     choose = f"set format: to one of {_names(FORMATS)} or to file.py:function"
     if {"chosen", "rejected"} <= value.keys():
         return f"{found}: these are preference pairs, and stage sft trains on single answers. To use a part, {choose}."

@@ -198,7 +198,11 @@ def _problem(reason: str, row: Any, detail: str) -> Problem:
         source, line = row.get("source", ""), row.get("line", 0)
     else:
         source, line = row.source, row.line
-    for where in (f"{source}:{line}", place(source, line)):  # an error's sentence names the place, which is known here
+    for where in (
+        f"{source}:{line}",
+        f"{source} row {line}",
+        place(source, line),
+    ):  # an error's sentence names the place, which is known here
         detail = detail.removeprefix(f"{where}: ")
     return Problem(source, line, reason, visible(detail))
 
