@@ -31,7 +31,8 @@ LLAMA3 = (
 
 MISTRAL = (
     "{{ bos_token }}"
-    "{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}{% set turns = messages[1:] %}"
+    "{% if messages[0].role == 'system' %}"
+    "{% set system = messages[0].content + '\n\n' %}{% set turns = messages[1:] %}"
     "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
     "{% for message in turns %}"
     "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"

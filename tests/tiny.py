@@ -36,7 +36,7 @@ def _bpe_backend() -> str:
 
 
 def make_bpe_tokenizer(family: str = "chatml") -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose merges cross white space, so that tokens straddle turns; offsets are trimmed as in GPT-2."""
+    """Byte-level BPE whose merges cross white space, so tokens straddle turns; offsets are trimmed as in GPT-2."""
     return _wrap(Tokenizer.from_str(_bpe_backend()), family)
 
 
@@ -73,7 +73,7 @@ def make_sentencepiece_like_tokenizer(family: str = "mistral", prefix: str = "le
 
 
 def make_tiny_model(**overrides) -> LlamaForCausalLM:
-    """A seeded float32 Llama with grouped-query attention: 29,024 parameters, 20,736 with `tie_word_embeddings=True`."""
+    """A seeded float32 Llama with grouped-query attention: 29,024 parameters, fewer with tied embeddings."""
     config = LlamaConfig(
         **{
             "vocab_size": len(make_byte_tokenizer()),

@@ -1,12 +1,38 @@
 """Generated conversations, and what a model must learn to write from them."""
 
+import json
+
 from hypothesis import strategies as st
 
 from tests import tiny
 
-WORDS = ["a", "legs", "the answer is 42", "é", "世界", "👩‍👩‍👧", "שלום", "e\u0301", "\u2028", "\u00a0", "{{ name }}", "\\n"]
+WORDS = [
+    "a",
+    "legs",
+    "the answer is 42",
+    "é",
+    "世界",
+    "👩‍👩‍👧",
+    "שלום",
+    "e\u0301",
+    "\u2028",
+    "\u00a0",
+    "{{ name }}",
+    "\\n",
+]
 SPACES = [" ", "  ", "\n", "\n\n", "\t", "\r\n"]
-CONTROL = ["<|im_end|>", "<|im_start|>", "</s>", "<s>", "<|eot_id|>", "<end_of_turn>", "<|pad|>", "<|im_", "end|>", "[INST]"]
+CONTROL = [
+    "<|im_end|>",
+    "<|im_start|>",
+    "</s>",
+    "<s>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|pad|>",
+    "<|im_",
+    "end|>",
+    "[INST]",
+]
 
 # tokenizer × template, where they meet in practice
 PAIRS = {
@@ -53,9 +79,9 @@ def family_of(tokenizer) -> str:
 def answer(message: dict, family: str) -> str:
     """What the family's template leaves the model to write for an assistant turn, stop token included."""
     if family == "chatml":
-        import json
-
-        calls = [f"<tool_call>{json.dumps(call, ensure_ascii=False)}</tool_call>" for call in message.get("tool_calls", [])]
+        calls = [
+            f"<tool_call>{json.dumps(call, ensure_ascii=False)}</tool_call>" for call in message.get("tool_calls", [])
+        ]
         return message["content"] + "".join(calls) + "<|im_end|>"
     if family == "llama3":
         return message["content"].strip() + "<|eot_id|>"

@@ -28,7 +28,9 @@ def test_ids_are_those_of_apply_chat_template_and_trained_tokens_are_the_answers
     family = family_of(tokenizer)
     messages = data.draw(chats(family if "generation" not in pair else "", WORDS + SPACES))
     changed = []
-    (tokens,) = tokenize([render({"messages": messages}, tokenizer)], tokenizer, lambda *change: changed.append(change))
+    (tokens,) = tokenize(
+        [render({"messages": messages}, tokenizer)], tokenizer, lambda *change: changed.append(change)
+    )
     expected_ids = tokenizer.apply_chat_template(messages)["input_ids"]
     assert tokenizer.decode(tokens["input_ids"]) == tokenizer.decode(expected_ids)
     assert tokens["input_ids"] == expected_ids or changed == [(0, "split-at-boundary")]
@@ -44,15 +46,22 @@ def test_control_tokens_in_content_stay_text(pair, data):
     messages = data.draw(chats(family if "generation" not in pair else "", WORDS + CONTROL))
     (tokens,) = tokenize([render({"messages": messages}, tokenizer)], tokenizer)
     control_ids = set(tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer))))
-    empty = [{key: "" if key == "content" else value for key, value in m.items() if key != "tool_calls"} for m in messages]
+    empty = [
+        {key: "" if key == "content" else value for key, value in m.items() if key != "tool_calls"} for m in messages
+    ]
     template_ids = tokenizer.apply_chat_template(empty)["input_ids"]
     assert [id for id in tokens["input_ids"] if id in control_ids] == [id for id in template_ids if id in control_ids]
     answers = [answer(message, family) for message in messages if message["role"] == "assistant"]
     assert trained_text(tokens, tokenizer) == "".join(answers)
 
 
-@given(prompt=st.sampled_from(["Q: ", "Q:", "", "Q:\n", "世"]), completion=st.sampled_from(["yes", " yes", "\nyes", "界", ""]))
-@pytest.mark.parametrize("make", [tiny.make_byte_tokenizer, tiny.make_bpe_tokenizer, tiny.make_sentencepiece_like_tokenizer])
+@given(
+    prompt=st.sampled_from(["Q: ", "Q:", "", "Q:\n", "世"]),
+    completion=st.sampled_from(["yes", " yes", "\nyes", "界", ""]),
+)
+@pytest.mark.parametrize(
+    "make", [tiny.make_byte_tokenizer, tiny.make_bpe_tokenizer, tiny.make_sentencepiece_like_tokenizer]
+)
 def test_without_a_template_exactly_completion_and_stop_are_trained(make, prompt, completion):
     tokenizer = make()
     tokenizer.chat_template = None
@@ -116,7 +125,7 @@ def test_a_tokenizer_without_offsets_labels_by_prefixes():
 
 def test_a_tokenizer_without_offsets_refuses_where_prefixes_disagree():
     tokenizer = ByT5Tokenizer()
-    with pytest.raises(RowError, match="gives no offsets.*Use the model's fast tokenizer") as caught:
+    with pytest.raises(RowError, match=r"gives no offsets.*Use the model's fast tokenizer") as caught:
         tokenize([Rendered("ab</s>", [Span(3, 6)])], tokenizer)
     assert caught.value.reason == "no-offsets"
 

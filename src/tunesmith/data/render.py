@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -312,8 +313,9 @@ class _Hider:
         return value
 
 
+@cache
 def _pattern(controls: tuple[str, ...]) -> re.Pattern:
-    return re.compile("|".join(map(re.escape, controls)) or "(?!)")  # re caches it; (?!) never matches
+    return re.compile("|".join(map(re.escape, controls)) or "(?!)")  # (?!) never matches
 
 
 def _literal_ranges(text: str, masked: str, where: str) -> list[tuple[int, int]]:

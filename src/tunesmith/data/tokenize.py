@@ -138,8 +138,7 @@ class _Encoder:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
-        self.controls = control_tokens(tokenizer)
-        self.control_ids = {tokenizer.convert_tokens_to_ids(token) for token in self.controls}
+        self.control_ids = {tokenizer.convert_tokens_to_ids(token) for token in control_tokens(tokenizer)}
         self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self.backend.post_processor = None
         self.backend.no_truncation()
@@ -178,14 +177,11 @@ class _Encoder:
         piece = row.text[start:end]
         if start == 0 or not self.adds_prefix:
             return self._encode(piece, is_literal)
-        # Behind a control token the tokenizer begins afresh, with a space or without: as it would in the whole text.
-        is_literal_before = any(begin < start <= stop for begin, stop in row.literal)
-        control = "" if is_literal or is_literal_before else self._control_before(row.text, start)
-        for anchor in (control, *ANCHORS) if control else ANCHORS:
+        for anchor in ANCHORS:
             encoded = self._encode(anchor + piece, is_literal)
             first = bisect_left(encoded.starts, len(anchor))
             has_clean_edge = first == 0 or encoded.ends[first - 1] <= len(anchor)
-            if has_clean_edge and (anchor == control or not self._begins_with_added_space(encoded, first, piece)):
+            if has_clean_edge and not self._begins_with_added_space(encoded, first, piece):
                 shift = len(anchor)
                 return _Encoded(
                     encoded.ids[first:],
@@ -200,9 +196,6 @@ class _Encoder:
             return self.encode_texts([text])[0]
         finally:
             self.backend.encode_special_tokens = False
-
-    def _control_before(self, text: str, start: int) -> str:
-        return next((token for token in self.controls if text.endswith(token, 0, start)), "")
 
     def _begins_with_added_space(self, encoded: _Encoded, first: int, piece: str) -> bool:
         token = self.backend.id_to_token(encoded.ids[first]) if first < len(encoded.ids) else ""
