@@ -29,7 +29,7 @@ from tunesmith.evaluate.predict import printable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HELP = "/reset forgets the conversation · /system TEXT sets the system message · /exit leaves · Ctrl-C stops an answer"
+HELP = "/reset begins anew · /system TEXT sets the system message · Ctrl-C stops an answer · /exit leaves"
 
 
 def chat(
@@ -88,12 +88,15 @@ def _opening(system: str | None) -> list[dict[str, str]]:
 
 
 def _turn(talk: "_Talk", messages: list[dict[str, str]], line: str, console: Console) -> list[dict[str, str]]:
-    """The conversation with this turn and its answer, or as it was if the turn could not be answered."""
+    """The conversation with this turn and its answer, or as it was if there was no answer."""
     asked = [*messages, {"role": "user", "content": line}]
     try:
         answer = _write_answer(talk, asked, console)
     except TunesmithError as error:  # e.g. a template without system messages: say it, and go on talking
         console.print(str(error), style="red", highlight=False, markup=False)
+        return messages
+    if not answer:  # stopped before its first word, or the model had nothing to say
+        _note(console, "(no answer; the question is forgotten)")
         return messages
     return [*asked, {"role": "assistant", "content": answer}]
 

@@ -26,7 +26,7 @@ PROBES = (
 
 # Largest difference of any logit, as a share of the largest logit. In half precision this bounds what rounding the
 # weights (to 1 in 2^11 and 2^8) may do; that nothing else happened is checked apart, see `merge`.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2.5e-1}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -158,7 +158,7 @@ def _merge_weights(model: PeftModel) -> PreTrainedModel:
         raise ModelError(f"this adapter cannot be merged: {_first_line(error)}") from error
     embeddings, head = merged.get_input_embeddings().weight, _head_weight(merged)
     if head is not None and head.data_ptr() != embeddings.data_ptr():
-        # Otherwise reading back would tie the two again and forget one of them.
+        # peft before 0.21 leaves the config as it was, and not every loader notices that both weights are there.
         for config in (merged.config, merged.config.get_text_config()):
             config.tie_word_embeddings = False
     return merged
