@@ -1,5 +1,6 @@
 """A merged model answers as base and adapter do, also after it was read back, or it is not there."""
 
+import copy
 import io
 import json
 
@@ -97,13 +98,14 @@ def test_a_merged_folder_is_a_whole_model_without_pickles(tmp_path, tiny_model, 
 def test_the_adapters_own_tokenizer_and_template_are_taken(tmp_path, tiny_model, byte_tokenizer, quiet):
     base = make_base(tmp_path / "base", tiny_model, byte_tokenizer)
     adapter = make_adapter(tmp_path / "adapter", base)
-    byte_tokenizer.eos_token = "<|endoftext|>"
-    byte_tokenizer.chat_template += "{# trained #}"
-    byte_tokenizer.save_pretrained(adapter)
+    trained = copy.deepcopy(byte_tokenizer)
+    trained.eos_token = trained.pad_token
+    trained.chat_template += "{# trained #}"
+    trained.save_pretrained(adapter)
     merge(adapter, tmp_path / "merged", console=quiet)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template.endswith("{# trained #}")
     stops = json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"]
-    assert {byte_tokenizer.convert_tokens_to_ids(name) for name in ("<|endoftext|>", "<|im_end|>")} <= set(stops)
+    assert {trained.pad_token_id, trained.convert_tokens_to_ids("<|im_end|>")} <= set(stops)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

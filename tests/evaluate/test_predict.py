@@ -1,5 +1,6 @@
 """Predictions: a file that survives an interruption, prompts as in training, a table that a person can read."""
 
+import copy
 import io
 import json
 
@@ -20,6 +21,12 @@ from tunesmith.evaluate.predict import (
 )
 
 SHORT = {"max_new_tokens": 4, "generation_batch_size": 2}
+
+
+@pytest.fixture
+def byte_tokenizer(byte_tokenizer):
+    """A copy, because tests here change it."""
+    return copy.deepcopy(byte_tokenizer)
 
 
 def chat(*contents):
