@@ -9,6 +9,7 @@ import ast
 import inspect
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
@@ -51,7 +52,7 @@ class ModelConfig:
     """Type of the weights in memory. `auto`: float32 for what is trained and on CPUs; a frozen base on a GPU keeps
     the checkpoint's own half precision."""
     attn_implementation: str | None = None
-    """Attention of transformers used where tunesmith's document attention does not apply. `None`: the model's default."""
+    """transformers' attention, used where tunesmith's own does not apply. `None`: the model's default."""
     adapter: str = "lora"
     """Name in `ADAPTERS` (`lora`, `full`, `freeze`) or `file.py:function`."""
     lora_r: Annotated[int, Ge(1)] = 16
@@ -119,8 +120,6 @@ class TrainingFields:
     """Jinja file, or Jinja text, used in place of the tokenizer's own chat template and saved with the model."""
     dataset_text_field: str = "text"
     """Column that holds the text of plain-text rows."""
-    dataset_num_proc: int | None = None
-    """Processes that render and tokenize. `None`: one."""
     packing: bool = False
     """Join examples into rows of at most `max_length` tokens. They never see each other, so the loss is the same."""
     packing_strategy: Literal["bfd", "wrapped"] = "bfd"
@@ -130,8 +129,8 @@ class TrainingFields:
     tokens_per_batch: Annotated[int, Ge(1)] | None = None
     """Token budget of a micro-batch: as many examples as fit, in place of `per_device_train_batch_size` rows."""
     padding_free: bool | None = None
-    """Lay examples end to end with no padding and attend within each. `None`: wherever a start-up check shows that the
-    model keeps them apart."""
+    """Lay examples end to end with no padding and attend within each. `None`: wherever a start-up check shows that
+    the model keeps them apart."""
     bf16: bool | None = None
     """Multiply in bfloat16; weights stay as they are. `None`: where a start-up probe finds it faster."""
     gradient_checkpointing: bool | None = None
@@ -141,8 +140,8 @@ class TrainingFields:
     logging_steps: float = 1
     """Steps between two log lines; below 1, a share of the run."""
     logging_nan_inf_filter: bool = False
-    """transformers' filter that hides NaN losses from the log and waits for the device at every micro-batch."""
-    report_to: None | str | list[str] = "none"
+    """transformers' filter that hides NaN losses from the log and makes every micro-batch wait for the device."""
+    report_to: str | list[str] | None = "none"
     """Trackers of transformers (`wandb`, `tensorboard`, ...). The run directory has every figure without one."""
     remove_unused_columns: bool | None = True
     """Drop columns that the model does not read; set it to false for a collator that reads raw columns."""
@@ -172,7 +171,7 @@ class DecodingConfig:
 
 CONFIGS: tuple[type, ...] = (RunConfig, ModelConfig, DataConfig, TrainingFields, DecodingConfig)
 
-# Spellings of other programs and other years. Both are accepted everywhere; giving both with different values is an error.
+# Spellings of other programs and other years; giving both with different values is an error.
 ALIASES: dict[str, str] = {
     "model": "model_name_or_path",
     "torch_dtype": "dtype",
@@ -184,7 +183,6 @@ ALIASES: dict[str, str] = {
     "finetuning_type": "adapter",
     "flash_attn": "attn_implementation",
     "evaluation_strategy": "eval_strategy",
-    "preprocessing_num_workers": "dataset_num_proc",
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
@@ -202,7 +200,7 @@ def field_docs(cls: type) -> dict[str, str]:
         except (OSError, TypeError, SyntaxError):
             continue
         body = tree.body[0].body
-        for statement, following in zip(body, body[1:]):
+        for statement, following in pairwise(body):
             named = isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr)
             if named and isinstance(following.value, ast.Constant) and isinstance(following.value.value, str):
                 docs[statement.target.id] = " ".join(following.value.value.split())

@@ -1,13 +1,13 @@
 """One exception family: every message says what, where, what was found, and how to fix it.
 
-    TunesmithError
-    ├── ConfigError       exit code 2   a recipe, a flag, an argument, a folder that is in the way
-    ├── DataError         exit code 3   a file, a row, a column; nothing left to train
-    │   └── TemplateError exit code 3   a chat template that cannot tell what to train
-    ├── CheckpointError   exit code 4   a checkpoint that is damaged or belongs to another run
-    ├── MemoryLimitError  exit code 5   the smallest possible batch does not fit
-    ├── NonFiniteError    exit code 6   a loss or gradient that is not a number
-    └── ModelError        exit code 2   a model or tokenizer that cannot be loaded or used as asked
+TunesmithError
+├── ConfigError       exit code 2   a recipe, a flag, an argument, a folder that is in the way
+├── DataError         exit code 3   a file, a row, a column; nothing left to train
+│   └── TemplateError exit code 3   a chat template that cannot tell what to train
+├── CheckpointError   exit code 4   a checkpoint that is damaged or belongs to another run
+├── MemoryLimitError  exit code 5   the smallest possible batch does not fit
+├── NonFiniteError    exit code 6   a loss or gradient that is not a number
+└── ModelError        exit code 2   a model or tokenizer that cannot be loaded or used as asked
 """
 
 

@@ -50,5 +50,7 @@ def import_object(reference: str, what: str) -> Any:
         except ModuleNotFoundError as error:
             raise ConfigError(f"{what} '{reference}': {error}.") from error
     if not hasattr(module, attribute):
-        raise ConfigError(f"{what} '{reference}': {place} has no '{attribute}'.{did_you_mean(attribute, vars(module))}")
+        raise ConfigError(
+            f"{what} '{reference}': {place} has no '{attribute}'.{did_you_mean(attribute, vars(module))}"
+        )
     return getattr(module, attribute)

@@ -1,0 +1,251 @@
+"""The `tunesmith` command, thin: parse, call one function, print, exit code.
+
+Nothing here imports torch: each command imports what it runs.
+"""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from tunesmith import __version__
+from tunesmith.errors import TunesmithError
+
+app = typer.Typer(
+    name="tunesmith",
+    help="Fine-tune language models on your own examples, and see that it worked.",
+    epilog="Start: tunesmith check recipe.yaml, then tunesmith train recipe.yaml.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+# --option value is not declared word by word: recipe.py reads it, with the names and types of config.py
+ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Recipe = Annotated[str | None, typer.Argument(metavar="RECIPE", help="recipe.yaml; flags alone will do, too")]
+RunOrModel = Annotated[
+    str, typer.Argument(metavar="RUN_OR_MODEL", help="Run directory, model folder, Hub id or recipe")
+]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose")]
+
+
+class OptionsCommand(TyperCommand):
+    """A command whose help lists the recipe options, read from their declaration when help is asked for."""
+
+    groups: tuple[str, ...] = ("RunConfig", "ModelConfig", "DataConfig", "TrainingFields", "DecodingConfig")
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write one section a group: `--name TYPE  text [default]`."""
+        from tunesmith.config import CONFIGS
+        from tunesmith.recipe import options_help
+
+        for cls in (cls for cls in CONFIGS if cls.__name__ in self.groups):
+            with formatter.section((cls.__doc__ or cls.__name__).strip().rstrip(".")):
+                rows = options_help([cls])
+                formatter.write_dl([(f"--{name} {kind}", f"{text} [{default}]") for name, kind, default, text in rows])
+        formatter.write_paragraph()
+        formatter.write_text(
+            "Recipe keys and flags are the same words; a flag wins. All options of transformers' "
+            "Seq2SeqTrainingArguments work too: --num_train_epochs 3, --per_device_train_batch_size 8, --seed 1, ..."
+        )
+
+
+class AnswerCommand(OptionsCommand):
+    """A command that reads data and decoding options but trains nothing."""
+
+    groups = ("ModelConfig", "DataConfig", "DecodingConfig")
+
+
+class ChatCommand(OptionsCommand):
+    """A command that only loads a model and answers."""
+
+    groups = ("ModelConfig", "DecodingConfig")
+
+
+class Door:
+    """What the error report needs to know of a running command."""
+
+    def __init__(self, show_traceback: bool):
+        self.show_traceback = show_traceback
+        self.output_dir: str | None = None
+
+
+@contextlib.contextmanager
+def errors_reported(show_traceback: bool) -> Iterator[Door]:
+    """Turn what a command raises into a sentence on stderr and an exit code; nothing is swallowed."""
+    door = Door(show_traceback)
+    try:
+        yield door
+    except (typer.Exit, typer.Abort, SystemExit):
+        raise
+    except BaseException as error:
+        raise typer.Exit(report(error, door)) from None
+
+
+def report(error: BaseException, door: Door) -> int:
+    """Say what went wrong on stderr. Returns: the exit code."""
+    if isinstance(error, BrokenPipeError):  # `tunesmith ... | head`: the reader left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if door.show_traceback:
+        traceback.print_exception(error, file=sys.stderr)
+    if isinstance(error, KeyboardInterrupt):
+        typer.echo("Interrupted.", err=True)
+        return 130
+    typer.echo(f"{type(error).__name__}: {error}", err=True)
+    if isinstance(error, TunesmithError):
+        return error.exit_code
+    if not door.show_traceback:
+        typer.echo(f"This is not a mistake in your recipe. The traceback is in {crash_file(error, door)}.", err=True)
+    return 1
+
+
+def crash_file(error: BaseException, door: Door) -> Path:
+    """Write the traceback into the run directory, or here where there is none."""
+    path = Path(door.output_dir) / "crash.txt" if door.output_dir else Path("tunesmith-crash.txt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return path
+
+
+def recipe_and_flags(recipe: str | None, ctx: typer.Context) -> tuple[str | None, list[str]]:
+    """The recipe and the other words. `train --packing` has no recipe: the first word is a flag."""
+    if recipe is not None and recipe.startswith("-"):
+        return None, [recipe, *ctx.args]
+    return recipe, list(ctx.args)
+
+
+def show_version(value: bool) -> None:
+    """Print the version and stop."""
+    if value:
+        typer.echo(f"tunesmith {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version")
+    ] = False,
+) -> None:
+    """Fine-tune language models on your own examples, and see that it worked."""
+
+
+@app.command(cls=OptionsCommand, context_settings=ANY_OPTION)
+def train(ctx: typer.Context, recipe: Recipe = None, show_traceback: Traceback = False) -> None:
+    """Train what the recipe says: tunesmith train recipe.yaml --learning_rate 1e-4."""
+    with errors_reported(show_traceback) as door:
+        from tunesmith import allocator
+
+        allocator.tune()  # the memory allocator takes its settings when torch is first imported
+        from tunesmith.recipe import load_recipe
+
+        path, flags = recipe_and_flags(recipe, ctx)
+        loaded = load_recipe(path, flags=flags, task="train")
+        door.output_dir = loaded.training.get("output_dir")
+        from tunesmith import workflow
+
+        workflow.train(loaded)
+
+
+@app.command(cls=OptionsCommand, context_settings=ANY_OPTION)
+def check(
+    ctx: typer.Context,
+    recipe: Recipe = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows to show with their trained tokens marked")] = 3,
+    show_traceback: Traceback = False,
+) -> None:
+    """Show what would be trained, before anything is: rows kept and dropped, lengths, a preview."""
+    with errors_reported(show_traceback):
+        from tunesmith.recipe import load_recipe
+
+        path, flags = recipe_and_flags(recipe, ctx)
+        loaded = load_recipe(path, flags=flags, task="check")
+        from tunesmith import workflow
+
+        workflow.check(loaded, rows=rows)
+
+
+@app.command("eval", cls=AnswerCommand, context_settings=ANY_OPTION)
+def evaluate(ctx: typer.Context, model: RunOrModel, show_traceback: Traceback = False) -> None:
+    """Loss, perplexity and token accuracy: tunesmith eval runs/mine --eval_dataset heldout.jsonl."""
+    with errors_reported(show_traceback):
+        from tunesmith.recipe import load_for_model
+
+        loaded = load_for_model(model, flags=ctx.args, task="eval")
+        from tunesmith import workflow
+
+        workflow.evaluate(loaded)
+
+
+@app.command(cls=AnswerCommand, context_settings=ANY_OPTION)
+def predict(
+    ctx: typer.Context,
+    model: RunOrModel,
+    output: Annotated[Path, typer.Option(help="File for the answers")] = Path("generated_predictions.jsonl"),
+    show_traceback: Traceback = False,
+) -> None:
+    """Answer every held-out prompt: tunesmith predict runs/mine --eval_dataset heldout.jsonl."""
+    with errors_reported(show_traceback):
+        from tunesmith.recipe import load_for_model
+
+        loaded = load_for_model(model, flags=ctx.args, task="predict")
+        from tunesmith import workflow
+
+        workflow.predict(loaded, output=output)
+
+
+@app.command(cls=ChatCommand, context_settings=ANY_OPTION)
+def chat(
+    ctx: typer.Context,
+    model: RunOrModel,
+    system: Annotated[str | None, typer.Option(help="System message")] = None,
+    show_traceback: Traceback = False,
+) -> None:
+    """Talk to a model: tunesmith chat runs/mine."""
+    with errors_reported(show_traceback):
+        from tunesmith.recipe import load_for_model
+
+        loaded = load_for_model(model, flags=ctx.args, task="chat")
+        from tunesmith import workflow
+
+        workflow.chat(loaded, system=system)
+
+
+@app.command("merge")
+def merge_adapter(
+    adapter: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run directory or adapter folder")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for the merged model")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT holds")] = False,
+    show_traceback: Traceback = False,
+) -> None:
+    """Merge a LoRA adapter into its base model and check the result."""
+    with errors_reported(show_traceback):
+        from tunesmith.deliver.merge import merge
+
+        merge(adapter, output, overwrite=overwrite)
+
+
+@app.command()
+def env(show_traceback: Traceback = False) -> None:
+    """Versions, devices and threads, for a bug report."""
+    with errors_reported(show_traceback):
+        from tunesmith import workflow
+
+        facts = workflow.env()
+        width = max((len(str(name)) for name in facts), default=0)
+        for name, value in facts.items():
+            typer.echo(f"{name:<{width}}  {value}")
+
+
+def main() -> None:
+    """Run the command line; `console_scripts` and `python -m tunesmith` call it."""
+    app(prog_name="tunesmith")

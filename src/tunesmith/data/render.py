@@ -1,0 +1,442 @@
+"""Example + chat template → Rendered(text, spans the loss covers).
+
+A span is what the model has to write by itself: from the end of the generation prompt to the end of the stop token.
+`{% generation %}` in a template gives the spans; otherwise they are differences of rendered prefixes. A template that
+renders earlier turns differently once later ones follow is refused, never guessed at.
+
+Control tokens inside a person's messages are text: they are reported in `literal` and never close a span. Text rows
+(and prompt/completion strings without a chat template) are the person's own rendering, so control tokens there count.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from tunesmith.data.normalize import RowError
+from tunesmith.errors import TemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tunesmith.config import TrainOn
+    from tunesmith.data.normalize import Example, Message
+
+FILLER = "\ue000"  # stands for each character of a control token that a person wrote
+PROBE = "\ue001"  # an answer that no person gives
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Span(NamedTuple):
+    """Characters `start` to `end` of the text count in the loss, times `weight`."""
+
+    start: int
+    end: int
+    weight: float = 1.0
+
+
+class Rendered(NamedTuple):
+    """What the model reads, as one string, and which of it the loss covers."""
+
+    text: str
+    """Control tokens are part of it, as text."""
+    spans: list[Span]
+    """Sorted and disjoint."""
+    literal: Sequence[tuple[int, int]] = ()
+    """Character ranges that look like control tokens but were written by a person: tokenized as plain text."""
+    add_bos: bool = False
+    """Put the tokenizer's BOS in front, if it has the habit and the text does not begin with it."""
+
+
+def render(
+    example: "Example",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    train_on: "TrainOn" = "assistant",
+    chat_template: str | None = None,
+) -> Rendered:
+    """The text of an example and the spans that `train_on` selects; an example may come out with no span at all.
+
+    Args:
+        example: one of `{text}`, `{messages, tools?}`, `{prompt, completion}`.
+        tokenizer: read for its template and control tokens, not changed.
+        train_on: "assistant" every assistant turn; "last_turn" the last one; "completion" what the assistant wrote
+            after the last user turn, or the row's `completion`; "all" the whole text but a leading BOS. Of a
+            prompt/completion row the prompt's turns are trained only by "all". Text rows are trained whole.
+        chat_template: Jinja text used in place of the tokenizer's own.
+
+    Raises: TemplateError (with `.reason`) where the template fails or cannot tell what to train; RowError where the
+        row's own flags do.
+    """
+    if example.get("text") is not None:
+        return _render_text(example, tokenizer)
+    prompt, completion = example.get("prompt"), example.get("completion")
+    if isinstance(completion, str):
+        if not (chat_template or tokenizer.chat_template):
+            return _render_strings(example, tokenizer, train_on)
+        prompt = [{"role": "user", "content": prompt}]
+        completion = [{"role": "assistant", "content": completion}]
+    messages = example["messages"] if completion is None else [*prompt, *completion]
+    chat = _Chat.of(example, tokenizer, chat_template)
+    return _render_chat(chat, messages, train_on, first=len(prompt) if completion is not None else None)
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
+    """The tokenizer's special tokens, longest first.
+
+    Added tokens that are not special (`<think>`, `<tool_call>` of many models) are words of an answer like others.
+    """
+    key = (len(tokenizer), tokenizer.eos_token)
+    cached = _CONTROLS.get(tokenizer)
+    if cached is None or cached[0] != key:
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        known = {str(token) for token in tokenizer.all_special_tokens} | added
+        cached = _CONTROLS[tokenizer] = (key, tuple(sorted(known - {""}, key=lambda token: (-len(token), token))))
+    return cached[1]
+
+
+_CONTROLS: WeakKeyDictionary = WeakKeyDictionary()  # a large vocabulary has hundreds; looking each row is slow
+_HEADERS: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def drop_oldest_turns(example: "Example") -> "Example | None":
+    """The example without its oldest exchange: the turns before the second user turn, the system turns stay.
+
+    Returns: None when nothing can go (text rows, strings, one exchange left).
+    """
+    key = "messages" if example.get("messages") is not None else "prompt"
+    messages = example.get(key)
+    if not isinstance(messages, list):
+        return None
+    begin = next((i for i, message in enumerate(messages) if not _is_system(message)), len(messages))
+    second = next((i for i in range(begin + 1, len(messages)) if messages[i]["role"] == "user"), None)
+    if second is None:
+        return None
+    return {**example, key: messages[:begin] + messages[second:]}
+
+
+def _is_system(message: "Message") -> bool:
+    return message["role"] in ("system", "developer")
+
+
+def _render_text(example: "Example", tokenizer: "PreTrainedTokenizerBase") -> Rendered:
+    text, eos = example["text"], _eos(tokenizer, _where(example))
+    text = text if text.endswith(eos) else text + eos
+    return Rendered(text, [Span(0, len(text))], add_bos=True)
+
+
+def _render_strings(example: "Example", tokenizer: "PreTrainedTokenizerBase", train_on: str) -> Rendered:
+    """Prompt and completion laid end to end, for base models that have no chat template."""
+    prompt, text = example["prompt"], example["prompt"] + example["completion"]
+    eos = _eos(tokenizer, _where(example))
+    text = text if text.endswith(eos) else text + eos
+    return Rendered(text, [Span(0 if train_on == "all" else len(prompt), len(text))], add_bos=True)
+
+
+def _eos(tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
+    if not tokenizer.eos_token:
+        raise _refusal(
+            where,
+            "no stop token ends the text, and the tokenizer has no eos_token. Set tokenizer.eos_token, or use a "
+            "chat template that writes a stop token after each answer",
+        )
+    return str(tokenizer.eos_token)
+
+
+def _where(example: "Example") -> str:
+    return f"{example['source']} row {example.get('line', '?')}: " if example.get("source") else ""
+
+
+def _refusal(where: str, what: str, reason: str = "template") -> TemplateError:
+    """A TemplateError that carries a report reason, so that a caller may skip the row and count it."""
+    error = TemplateError(f"{where}{what}.")
+    error.reason = reason
+    return error
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """A template bound to a tokenizer, the tools of one example and the place to name in errors."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    template: str
+    tools: list[dict] | None
+    where: str
+
+    @classmethod
+    def of(cls, example: "Example", tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) -> "_Chat":
+        where, tools = _where(example), example.get("tools") or None
+        if not (chat_template or tokenizer.chat_template):
+            raise _refusal(
+                where,
+                "the tokenizer has no chat template, so messages cannot be rendered. Set chat_template: to a Jinja "
+                "file, or take a model that has one (names of chat models often end in -Instruct)",
+            )
+        try:
+            return cls(tokenizer, tokenizer.get_chat_template(chat_template, tools), tools, where)
+        except ValueError as error:
+            raise _refusal(where, str(error)) from error
+
+    def text(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """The conversation as the template writes it."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=self.tools,
+                chat_template=self.template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except Exception as error:  # a template is a foreign program: it may raise anything
+            raise self.failed(error) from error
+
+    def generation_ranges(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation as the template writes it, and the character ranges inside `{% generation %}` blocks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, ranges = render_jinja_template(
+                conversations=[messages],
+                tools=self.tools,
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # as above
+            raise self.failed(error) from error
+        return texts[0], ranges[0]
+
+    def failed(self, error: Exception) -> TemplateError:
+        kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
+        return _refusal(
+            self.where,
+            f"the chat template refuses this conversation: {kind}{str(error).rstrip('.')}. Change the row, or set "
+            "chat_template: to a template that accepts it",
+        )
+
+    def refusal(self, what: str) -> TemplateError:
+        return _refusal(self.where, what)
+
+
+def _render_chat(chat: _Chat, messages: list["Message"], train_on: str, first: int | None) -> Rendered:
+    """Render, choose the turns, find their spans; `first`: index of the first message of a row's completion."""
+    turns = _trained_turns(messages, train_on, first, chat.where)
+    plain = [_for_template(message) for message in messages]
+    controls = control_tokens(chat.tokenizer)
+    # Structure is read off a rendering in which control tokens of the person's are replaced, so they cannot pass for
+    # the template's own.
+    hidden = _Hider(controls)
+    masked = replace(chat, tools=hidden(chat.tools))
+    masked_messages = hidden(plain)
+    full = masked.text(masked_messages)
+    text = chat.text(plain) if hidden.found else full
+    literal = _literal_ranges(text, full, chat.where) if hidden.found else ()
+    if train_on == "all":
+        begin = len(bos) if (bos := chat.tokenizer.bos_token) and full.startswith(bos) else 0
+        spans = [Span(begin, len(full))]
+    elif GENERATION_TAG.search(chat.template):
+        spans = _generation_spans(masked, masked_messages, turns, full, controls)
+    else:
+        spans = [_turn_span(masked, masked_messages, i, full, turns[i], controls) for i in turns]
+    is_last_trained = train_on == "all" or len(messages) - 1 in turns
+    if spans and is_last_trained and plain[-1]["role"] == "assistant":
+        text, spans = _with_stop(text, full, spans, controls, chat)
+    return Rendered(text, [span for span in spans if span.weight > 0 and span.start < span.end], literal)
+
+
+def _for_template(message: "Message") -> dict[str, Any]:
+    """Without our own keys, and without None: templates crash on it, or write 'None'."""
+    return {key: value for key, value in message.items() if value is not None and key not in ("train", "weight")}
+
+
+def _trained_turns(messages: Sequence["Message"], train_on: str, first: int | None, where: str) -> dict[int, float]:
+    """Index of each trained assistant turn → weight. `train` and `weight` of a message only narrow the choice."""
+    flagged = [i for i, message in enumerate(messages) if _weight(message, i, where) != 1 or message.get("train")]
+    if train_on == "all":
+        narrowed = [i for i in flagged if _weight(messages[i], i, where) != 1]
+        if narrowed:
+            raise RowError(
+                f"{where}turn {narrowed[0] + 1} has 'train' or 'weight', but train_on: all covers the whole text. "
+                "Remove the flag, or set train_on: assistant.",
+                "train-flag-with-all",
+            )
+        return {}
+    for i in flagged:
+        if messages[i]["role"] != "assistant" and _weight(messages[i], i, where) > 0:
+            raise RowError(
+                f"{where}turn {i + 1} ({messages[i]['role']}) has 'train' or 'weight', but only assistant turns can "
+                "be trained. Remove the flag, or set train_on: all.",
+                "train-not-assistant",
+            )
+    if first is None and train_on == "completion":
+        first = max((i + 1 for i, message in enumerate(messages) if message["role"] == "user"), default=0)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= (first or 0)]
+    turns = turns[-1:] if train_on == "last_turn" else turns
+    return {i: weight for i in turns if (weight := _weight(messages[i], i, where)) > 0}
+
+
+def _weight(message: "Message", index: int, where: str) -> float:
+    if message.get("train") is False:
+        return 0.0
+    weight = message.get("weight")
+    if weight is None:
+        return 1.0
+    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        raise RowError(
+            f"{where}turn {index + 1} has weight {weight!r}. Give a number from 0 on.",
+            "bad-weight",
+        )
+    return float(weight)
+
+
+class _Hider:
+    """Copies a value with each control token in its strings replaced by equally many fillers; notes if any was."""
+
+    def __init__(self, controls: tuple[str, ...]):
+        self.controls = controls
+        self.pattern = _pattern(controls)
+        self.found = False
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, str):
+            if not self.pattern.search(value):
+                return value
+            self.found = True
+            return self.pattern.sub(lambda match: FILLER * len(match[0]), value)
+        if isinstance(value, dict):
+            return {self(key): self(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self(item) for item in value]
+        return value
+
+
+def _pattern(controls: tuple[str, ...]) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, controls)) or "(?!)")  # re caches it; (?!) never matches
+
+
+def _literal_ranges(text: str, masked: str, where: str) -> list[tuple[int, int]]:
+    """Where the two renderings differ; that must be exactly where fillers stand."""
+    runs = [match.span() for match in re.finditer(f"{FILLER}+", masked)]
+    ranges = [(start, end) for start, end in runs if len(text) == len(masked) and text[start:end] != masked[start:end]]
+    gaps = zip([0, *(end for _, end in ranges)], [*(start for start, _ in ranges), len(text)])
+    if len(text) != len(masked) or any(text[start:end] != masked[start:end] for start, end in gaps):
+        raise RowError(
+            f"{where}a message contains a control token, and the chat template renders the conversation differently "
+            "because of it, so it cannot be kept as plain text. Remove it from the message.",
+            "control-token-in-content",
+        )
+    return ranges
+
+
+def _turn_span(
+    chat: _Chat, messages: list[dict], index: int, full: str, weight: float, controls: tuple[str, ...]
+) -> Span:
+    """What the template writes for an assistant turn after the generation prompt, up to and with its stop token."""
+    is_last = index == len(messages) - 1
+    through = full if is_last else chat.text(messages[: index + 1])
+    if not full.startswith(through):
+        raise _rewritten(chat, index, through, full)
+    if index == 0:
+        # Nothing can be rendered before a first turn: its answer begins where another answer would differ.
+        probe = chat.text([{"role": "assistant", "content": PROBE}])
+        start = _common_length(through, probe)
+    else:
+        prefix = chat.text(messages[:index], add_generation_prompt=True)
+        if not full.startswith(prefix):
+            raise _rewritten(chat, index, prefix, full, unprompted=chat.text(messages[:index]))
+        start = len(prefix) + _header_length(chat, full, len(prefix), index)
+    return Span(start, _after_stop(full, start, len(through), controls), weight)
+
+
+def _common_length(one: str, other: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+
+
+def _rewritten(chat: _Chat, index: int, part: str, full: str, unprompted: str | None = None) -> TemplateError:
+    """Why `part` is no beginning of `full`, with the place where they part."""
+    at = _common_length(part, full)
+    difference = f"{part[at : at + 24]!r} becomes {full[at : at + 24]!r}"
+    if unprompted is not None and full.startswith(unprompted):
+        return chat.refusal(
+            f"turn {index + 1} does not begin with the template's own generation prompt ({difference}), so training "
+            "and generation would differ. Use a template with {% generation %}"
+        )
+    return chat.refusal(
+        f"turn {index + 1} is rendered differently once later turns follow ({difference}). "
+        "Set train_on: last_turn, or use a template with {% generation %}"
+    )
+
+
+def _header_length(chat: _Chat, full: str, start: int, index: int) -> int:
+    """Characters of the assistant header where the template knows no generation prompt, else 0."""
+    headers = _HEADERS.setdefault(chat.tokenizer, {})
+    if chat.template not in headers:
+        headers[chat.template] = _unprompted_header(replace(chat, tools=None))
+    header = headers[chat.template]
+    if not full.startswith(header, start):
+        raise chat.refusal(
+            f"turn {index + 1} does not begin with {header!r}, and the template ignores add_generation_prompt, so it "
+            "cannot be told where the answer begins. Use a template with {% generation %}"
+        )
+    return len(header)
+
+
+def _unprompted_header(chat: _Chat) -> str:
+    """What a template that ignores add_generation_prompt writes before every answer.
+
+    White space alone is the model's to write: in Mistral's manner the answer follows `[/INST]` with no header.
+    """
+    user = {"role": "user", "content": "?"}
+    try:
+        bare = chat.text([user])
+        if chat.text([user], add_generation_prompt=True) != bare:
+            return ""
+        probe = chat.text([user, {"role": "assistant", "content": PROBE}])
+    except TemplateError:  # e.g. a template that insists on a system turn; the row itself will tell
+        return ""
+    header = probe[len(bare) :].partition(PROBE)[0] if probe.startswith(bare) and PROBE in probe else ""
+    return header if header.strip() else ""
+
+
+def _after_stop(full: str, start: int, end: int, controls: tuple[str, ...]) -> int:
+    """`end`, or the end of the control token that only white space separates from it."""
+    body = full[start:end].rstrip()
+    return start + len(body) if body.endswith(controls) else end
+
+
+def _generation_spans(
+    chat: _Chat, messages: list[dict], turns: dict[int, float], full: str, controls: tuple[str, ...]
+) -> list[Span]:
+    """Spans of the `{% generation %}` blocks of the trained turns; a stop token right behind a block belongs to it."""
+    tracked, ranges = chat.generation_ranges(messages)
+    if tracked != full:
+        raise chat.refusal("the template renders the same conversation differently each time")
+    assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(ranges) == len(assistant):
+        weights = [turns.get(i, 0.0) for i in assistant]
+    elif turns == dict.fromkeys(assistant, 1.0):
+        weights = [1.0] * len(ranges)
+    else:
+        raise chat.refusal(
+            f"the template marks {len(ranges)} parts with {{% generation %}} for {len(assistant)} assistant turns, so "
+            "single turns cannot be chosen. Set train_on: assistant and remove train/weight from the messages"
+        )
+    spans = []
+    for (start, end), weight in zip(ranges, weights):
+        end = _after_stop(full, start, end, controls)
+        stop = None if full[start:end].endswith(controls) else _pattern(controls).match(full, end)
+        spans.append(Span(start, stop.end() if stop else end, weight))
+    return spans
+
+
+def _with_stop(
+    text: str, full: str, spans: list[Span], controls: tuple[str, ...], chat: _Chat
+) -> tuple[str, list[Span]]:
+    """The text with eos behind its last answer, inside the span, where the template wrote no stop token."""
+    last = spans[-1]
+    if full[last.start : last.end].rstrip().endswith(controls):
+        return text, spans
+    text += _eos(chat.tokenizer, chat.where)
+    return text, [*spans[:-1], last._replace(end=len(text))]

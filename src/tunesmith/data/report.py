@@ -1,0 +1,412 @@
+"""What was kept, changed and dropped, and why; how many tokens train; and a preview of what the loss covers."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tunesmith.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+NUM_FIRST = 5  # places named for each reason
+MIN_TRAINED_SHARE = 0.005
+NUM_BINS = 10
+MAX_RUN_CHARACTERS = 600
+MAX_RUNS = 60
+
+
+# Words for a terminal ----------------------------------------------------------------------------------------------
+
+# Control characters (among them the escape that starts ANSI and OSC sequences), marks that turn the reading direction,
+# invisible characters, line ends other than a line feed, halves of characters. The zero-width joiner stays, for emoji.
+UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def visible(text: str, limit: int | None = None, keep: str = "") -> str:
+    r"""`text` made safe to print: unsafe characters but those in `keep` as escapes, cut to `limit` characters.
+
+    >>> print(visible("\x1b[31mred"))
+    \x1b[31mred
+    """
+    few = text if limit is None else text[: limit + 1]
+    safe = UNSAFE.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), few)
+    return safe if limit is None or len(safe) <= limit else safe[: limit - 1] + "…"
+
+
+def _escape(character: str) -> str:
+    named = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    code = ord(character)
+    width = "x02" if code < 0x100 else "u04" if code < 0x10000 else "U08"
+    return named.get(character) or f"\\{width[0]}{code:{width[1:]}x}"
+
+
+def place(source: str, line: int) -> str:
+    """Where a row stands: `data.jsonl:3` where files count lines, `data.json row 3` where rows are counted."""
+    if not line:
+        return visible(source)
+    counts_lines = Path(source).suffix.lower() in (".jsonl", ".csv", ".txt")
+    return f"{visible(source)}:{line}" if counts_lines else f"{visible(source)} row {line}"
+
+
+# Counts ------------------------------------------------------------------------------------------------------------
+
+
+class Problem(NamedTuple):
+    """Why one row was dropped or changed."""
+
+    source: str
+    line: int
+    reason: str
+    detail: str
+
+
+class Report:
+    """Counts of every row by what became of it. Each row read is kept or dropped, once; a kept row may be changed."""
+
+    def __init__(self):
+        self.read = 0
+        self.kept = 0
+        """Set by the caller when nothing more can be dropped; then `read == kept + num_dropped`."""
+        self.notes: list[str] = []
+        self.drops: list[Problem] = []
+        self.changes: list[Problem] = []
+        self.num_tokens = 0
+        self.num_trained = 0
+        self.lengths: list[int] = []
+
+    def dropped(self, reason: str, row: Any, detail: str = "") -> None:
+        """Count a row that will not be trained on; once per row. `row` has `.source` and `.line`, or is an example."""
+        self.drops.append(_problem(reason, row, detail))
+
+    def changed(self, reason: str, row: Any, detail: str = "") -> None:
+        """Count a row that is not as its author wrote it, such as one that was cut; once per row and reason."""
+        self.changes.append(_problem(reason, row, detail))
+
+    def note(self, text: str) -> None:
+        """Say something about the data as a whole."""
+        self.notes.append(visible(text))
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows that will not be trained on."""
+        return len(self.drops)
+
+    def add_tokens(self, tokens: Iterable[Mapping[str, Sequence[int]]]) -> None:
+        """Add the examples that are ready to train: their lengths, and how many of their tokens the loss covers."""
+        for row in tokens:
+            self.lengths.append(len(row["input_ids"]))
+            self.num_tokens += len(row["input_ids"])
+            self.num_trained += sum(label >= 0 for label in row["labels"])
+
+    def check(self, max_drop_ratio: float) -> None:
+        """Stop a run that would train on nothing, on next to nothing, or on too little of what was given.
+
+        Raises: DataError that names the reasons and their first rows.
+        """
+        reasons = "\n".join(f"  {line}" for line in _reason_lines(self.drops))
+        if self.read == 0:
+            raise DataError("no rows were read, so there is nothing to train on. Check what dataset names.")
+        if self.kept == 0:
+            raise DataError(
+                f"nothing is left to train on: all {_count(self.read, 'row')} were dropped.\n{reasons}\n"
+                "Mend the rows, or change the setting that the reason names."
+            )
+        if self.num_dropped > max_drop_ratio * self.read:
+            raise DataError(
+                f"{self.num_dropped} of {_count(self.read, 'row')} ({_percent(self.num_dropped, self.read)}) would be "
+                f"dropped; max_drop_ratio allows {100 * max_drop_ratio:g} %.\n{reasons}\n"
+                f"Mend them, or allow it with max_drop_ratio: {_ratio_that_allows(self.num_dropped, self.read)}."
+            )
+        if self.num_tokens and self.num_trained < MIN_TRAINED_SHARE * self.num_tokens:
+            trained = f"{self.num_trained:,} of {_count(self.num_tokens, 'token')} would be trained"
+            raise DataError(
+                f"{trained if self.num_trained else 'nothing is trained: ' + trained} "
+                f"({_percent(self.num_trained, self.num_tokens)}). Look at the rows with `tunesmith check`; "
+                "the loss covers what train_on and the messages' train flags and weights leave."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as data: totals, each reason with its first rows, tokens, and every dropped or changed row."""
+        return {
+            "rows": {"read": self.read, "kept": self.kept, "dropped": self.num_dropped},
+            "dropped": _by_reason(self.drops),
+            "changed": _by_reason(self.changes),
+            "notes": list(self.notes),
+            "tokens": self.token_statistics(),
+            "dropped_rows": [problem._asdict() for problem in self.drops],
+            "changed_rows": [problem._asdict() for problem in self.changes],
+        }
+
+    def token_statistics(self) -> dict[str, Any] | None:
+        """Totals, the lengths' min, median, mean, p95 and max, and a histogram; None if there are no rows."""
+        if not self.lengths:
+            return None
+        ordered = sorted(self.lengths)
+        return {
+            "num_tokens": self.num_tokens,
+            "num_trained": self.num_trained,
+            "trained_share": round(self.num_trained / max(1, self.num_tokens), 4),
+            "min": ordered[0],
+            "median": ordered[len(ordered) // 2],
+            "mean": round(self.num_tokens / len(ordered), 1),
+            "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
+            "max": ordered[-1],
+            "histogram": [bin._asdict() for bin in histogram(ordered)],
+        }
+
+    def table(self, console: "Console | None" = None) -> str:
+        """The report for a person as plain text; also printed, fitted to its width, if a `console` is given."""
+        lines = list(self._lines(*_shape(console)))
+        text = "\n".join(line for line, _ in lines)
+        if console is not None and console.is_terminal:
+            from rich.text import Text
+
+            for line, style in lines:
+                console.print(Text(line, style))
+        elif console is not None:
+            console.out(text, highlight=False)
+        return text
+
+    def _lines(self, width: int, block: str) -> Iterator[tuple[str, str]]:
+        """Each line and its style on a terminal."""
+        yield self._headline(), "bold"
+        yield from ((note, "") for note in self.notes)
+        yield from ((f"  dropped  {line}", "red") for line in _reason_lines(self.drops))
+        yield from ((f"  changed  {line}", "yellow") for line in _reason_lines(self.changes))
+        if statistics := self.token_statistics():
+            share = _percent(self.num_trained, self.num_tokens)
+            yield f"{_count(self.num_tokens, 'token')}, {self.num_trained:,} trained ({share})", ""
+            parts = (f"{key} {statistics[key]:,}" for key in ("min", "median", "mean", "p95", "max"))
+            yield f"tokens per row: {', '.join(parts)}", ""
+            yield from ((f"  {line}", "cyan") for line in draw(histogram(self.lengths), width - 2, block))
+
+    def _headline(self) -> str:
+        num_changed = len({(problem.source, problem.line) for problem in self.changes})
+        parts = [f"{_count(self.read, 'row')} read", f"{self.kept:,} kept", f"{self.num_dropped:,} dropped"]
+        return ", ".join([*parts, f"{num_changed:,} changed"] if num_changed else parts)
+
+
+def _problem(reason: str, row: Any, detail: str) -> Problem:
+    if isinstance(row, Mapping):
+        source, line = row.get("source", ""), row.get("line", 0)
+    else:
+        source, line = row.source, row.line
+    for where in (f"{source}:{line}", place(source, line)):  # an error's sentence names the place, which is known here
+        detail = detail.removeprefix(f"{where}: ")
+    return Problem(source, line, reason, visible(detail))
+
+
+def _by_reason(problems: Iterable[Problem]) -> dict[str, dict[str, Any]]:
+    """Reason → number of rows and the first of them, the most frequent reason first."""
+    groups: dict[str, list[Problem]] = defaultdict(list)
+    for problem in problems:
+        groups[problem.reason].append(problem)
+    return {
+        reason: {
+            "rows": len(group),
+            "first": [{"source": problem.source, "line": problem.line} for problem in group[:NUM_FIRST]],
+        }
+        for reason, group in sorted(groups.items(), key=lambda item: -len(item[1]))
+    }
+
+
+def _reason_lines(problems: Iterable[Problem]) -> list[str]:
+    entries = _by_reason(problems)
+    width = max(map(len, entries), default=0)
+    return [
+        f"{reason:<{width}}  {_count(entry['rows'], 'row'):>8}  {', '.join(_places(entry['first']))}"
+        + ", ..." * (entry["rows"] > NUM_FIRST)
+        for reason, entry in entries.items()
+    ]
+
+
+def _places(first: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Places of rows, the file named only where it changes: `a.jsonl:3`, `7`, `b.jsonl:1`."""
+    last = None
+    for row in first:
+        yield str(row["line"]) if row["source"] == last and row["line"] else place(row["source"], row["line"])
+        last = row["source"]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / max(1, whole):.2g} %" if 0 < part < 0.01 * whole else f"{100 * part / max(1, whole):.1f} %"
+
+
+def _ratio_that_allows(part: int, whole: int) -> float:
+    return math.ceil(100 * part / whole) / 100
+
+
+# Lengths -----------------------------------------------------------------------------------------------------------
+
+
+class Bin(NamedTuple):
+    """How many rows have `low` to `high` tokens, both included."""
+
+    low: int
+    high: int
+    rows: int
+
+
+def histogram(lengths: Sequence[int]) -> list[Bin]:
+    """At most ten bins of one round width (1, 2 or 5 times a power of ten) that cover all lengths."""
+    low, high = min(lengths), max(lengths)
+    width = next(
+        width
+        for exponent in range(20)
+        for width in (10**exponent, 2 * 10**exponent, 5 * 10**exponent)
+        if high // width - low // width < NUM_BINS
+    )
+    counts = [0] * (high // width - low // width + 1)
+    for length in lengths:
+        counts[length // width - low // width] += 1
+    return [Bin(start := (low // width + i) * width, start + width - 1, count) for i, count in enumerate(counts)]
+
+
+def draw(bins: Sequence[Bin], width: int, block: str = "█") -> Iterator[str]:
+    """One line per bin: its range, a bar, its rows; no line is longer than `width`."""
+    labels = [f"{bin.low:,}–{bin.high:,}" if bin.high > bin.low else f"{bin.low:,}" for bin in bins]
+    counts = [f"{bin.rows:,}" for bin in bins]
+    most = max(bin.rows for bin in bins)
+    label_width, count_width = max(map(len, labels)), max(map(len, counts))
+    room = max(1, min(50, width - label_width - count_width - 2))
+    for bin, label, count in zip(bins, labels, counts):
+        bar = block * max(bin.rows > 0, round(room * bin.rows / most))
+        yield f"{label:>{label_width}} {count:>{count_width}} {bar}".rstrip()
+
+
+def _shape(console: "Console | None") -> tuple[int, str]:
+    """Width to draw in, and what to draw with: a stream that is not UTF-8 has no blocks."""
+    if console is None:
+        return 80, "█"
+    return console.width, "█" if console.encoding.lower().startswith("utf") else "#"
+
+
+# Preview -----------------------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """Neighbouring tokens that are treated alike."""
+
+    text: str
+    trained: bool
+    weight: float
+    special: bool
+
+
+def preview(
+    token_rows: Sequence[Mapping[str, Any]], tokenizer: Any, console: "Console | None" = None, rows: int = 3
+) -> str | None:
+    """Show what the loss covers in the first rows, decoded from the very tokens that train.
+
+    On a colour terminal trained text is bold green, special tokens are magenta (reverse where trained), the rest is
+    dim. Elsewhere trained text stands in ⟦ ⟧. A weight other than 1 is written in front, as ×0.5. Long stretches are
+    shortened in the middle; nothing in a text can move the cursor or turn the reading direction.
+
+    Returns: the text with marks when no console is given, else None after printing.
+    """
+    coloured = console is not None and console.is_terminal and not console.no_color
+    parts: list[Text | str] = []
+    for number, row in enumerate(token_rows[:rows], 1):
+        runs = _shorten(_runs(row, tokenizer))
+        num_trained = sum(label >= 0 for label in row["labels"])
+        title = f"── example {number}: {_count(len(row['input_ids']), 'token')}, {num_trained:,} trained"
+        if coloured:
+            console.print(_styled(title, runs), soft_wrap=True)
+        else:
+            parts.append(f"{title}\n{_marked(runs)}")
+    text = "\n".join(parts)
+    if console is None:
+        return text
+    if not coloured:
+        console.out(text, highlight=False)
+    return None
+
+
+def _runs(row: Mapping[str, Any], tokenizer: Any) -> list[Run]:
+    """Neighbours of the same label state, weight and kind, decoded together so that multi-byte characters survive."""
+    ids, labels = row["input_ids"], row["labels"]
+    weights = row.get("weights") or [1.0] * len(ids)
+    specials = _special_ids(tokenizer)
+    states = [
+        (label >= 0, weight if label >= 0 else 1.0, id in specials) for id, label, weight in zip(ids, labels, weights)
+    ]
+    runs, start = [], 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or states[end] != states[start]:
+            runs.append(Run(_decode_range(tokenizer, ids, start, end), *states[start]))
+            start = end
+    return runs
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return set(tokenizer.all_special_ids) | {id for id, token in added.items() if getattr(token, "special", False)}
+
+
+def _decode_range(tokenizer: Any, ids: Sequence[int], start: int, end: int) -> str:
+    """The text that tokens start to end add. Decoded alone, SentencePiece would take off their leading space."""
+
+    def decode(some: Sequence[int]) -> str:
+        return tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    before = decode(ids[max(0, start - 8) : start])
+    both = decode(ids[max(0, start - 8) : end])
+    return both[len(before) :] if both.startswith(before) else decode(ids[start:end])
+
+
+def _shorten(runs: list[Run]) -> list[Run]:
+    """Long stretches without their middle, and rows of many stretches (packed ones) without theirs."""
+    half = MAX_RUN_CHARACTERS // 2
+    short = [
+        run._replace(text=f"{run.text[:half]} ⋯ {len(run.text) - 2 * half:,} characters ⋯ {run.text[-half:]}")
+        if len(run.text) > MAX_RUN_CHARACTERS + 40
+        else run
+        for run in runs
+    ]
+    if len(short) > MAX_RUNS:
+        gap = Run(f"\n⋯ {len(short) - MAX_RUNS:,} stretches ⋯\n", False, 1.0, False)
+        short = [*short[: MAX_RUNS // 2], gap, *short[-MAX_RUNS // 2 :]]
+    return short
+
+
+def _marked(runs: Iterable[Run]) -> str:
+    """Plain marks around trained text, special tokens with the text that they end; marks in the text are escaped."""
+    text, inside = [], None
+    for run in runs:
+        state = run.weight if run.trained else None
+        if state != inside:
+            text.append("⟧" * (inside is not None))
+            text.append("" if state is None else "⟦" if state == 1 else f"⟦×{state:g} ")
+            inside = state
+        text.append(visible(run.text, keep="\n").replace("⟦", "\\u27e6").replace("⟧", "\\u27e7"))
+    return "".join(text) + "⟧" * (inside is not None)
+
+
+def _styled(title: str, runs: Iterable[Run]) -> "Text":
+    from rich.text import Text
+
+    text = Text(f"{title}\n")
+    weight = 1.0
+    for run in runs:
+        if run.trained and run.weight not in (weight, 1):
+            text.append(f"×{run.weight:g}", "yellow")
+        weight = run.weight
+        style = {
+            (True, True): "bold magenta reverse",
+            (True, False): "bold green",
+            (False, True): "magenta",
+            (False, False): "dim",
+        }[run.trained, run.special]
+        text.append(visible(run.text, keep="\n"), style)
+    return text

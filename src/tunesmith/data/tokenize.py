@@ -1,0 +1,251 @@
+"""Rendered → input_ids, labels, weights: tokenized once, in batches; a token is trained iff it lies inside a span.
+
+The ids are those of `tokenizer(text, add_special_tokens=False)`. Two kinds of rows are encoded in pieces: where
+one token would straddle the edge of a span (cut there, as generation sees it: prompt tokens, then answer tokens), and
+where a person wrote what looks like a control token (that range is encoded as plain text).
+"""
+
+import copy
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from weakref import WeakKeyDictionary
+
+from tunesmith.data.normalize import RowError
+from tunesmith.data.render import Rendered, Span, control_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+
+# Put in front of a piece so that tokenizers which begin every text with a space do not begin the piece with one.
+ANCHORS = ("\n", "a", ".", "1", "я")
+
+
+class Tokens(TypedDict, total=False):
+    """One document, or several laid end to end."""
+
+    input_ids: list[int]
+    labels: list[int]
+    """The id where the token is trained, IGNORE_INDEX elsewhere. Not shifted."""
+    weights: list[float]
+    """Factor of each token's loss; the key is there only if some trained span has a weight other than 1."""
+
+
+class _Encoded(NamedTuple):
+    ids: list[int]
+    starts: list[int]
+    """First character of each token in the text, leading white space included."""
+    ends: list[int]
+
+
+def tokenize(
+    rendered: Sequence[Rendered],
+    tokenizer: "PreTrainedTokenizerBase",
+    on_change: Callable[[int, str], None] | None = None,
+    on_error: Callable[[int, RowError], None] | None = None,
+) -> list[Tokens]:
+    """Ids and labels of a batch of rendered rows.
+
+    Args:
+        rendered: the rows; a few hundred at once use all cores.
+        tokenizer: read, not changed. Without offsets (not fast) each span edge costs one more encoding.
+        on_change: called with the row's index and "split-at-boundary" when a token straddled the edge of a span and
+            the row was encoded in pieces.
+        on_error: called for a row that cannot be labelled exactly; its result is then empty. `None`: the error is
+            raised.
+
+    Raises: RowError ("no-offsets", "no-clean-split", "control-token-in-content").
+    """
+    encoder = _encoder(tokenizer) if tokenizer.is_fast else None
+    bos = _bos(tokenizer)
+    straight = iter(encoder.encode_texts([row.text for row in rendered if not row.literal]) if encoder else ())
+    results: list[Tokens] = []
+    for index, row in enumerate(rendered):
+        try:
+            if encoder is None:
+                tokens = _by_prefixes(row, tokenizer)
+            else:
+                encoded = encoder.encode_pieces(row, []) if row.literal else next(straight)
+                cuts = _straddled(encoded, row.spans, encoder.control_ids)
+                if cuts:
+                    encoded = encoder.encode_pieces(row, cuts)
+                    if on_change:
+                        on_change(index, "split-at-boundary")
+                tokens = _label(encoded, row.spans)
+            results.append(_with_bos(tokens, bos) if row.add_bos else tokens)
+        except RowError as error:
+            if on_error is None:
+                raise
+            on_error(index, error)
+            results.append({"input_ids": [], "labels": []})
+    return results
+
+
+def truncate(tokens: Tokens, max_length: int) -> Tokens:
+    """The first `max_length` tokens. No stop token is added: a cut row must not teach the model to stop there."""
+    return {key: values[:max_length] for key, values in tokens.items()}
+
+
+def _label(encoded: _Encoded, spans: Sequence[Span]) -> Tokens:
+    ids, starts = encoded.ids, encoded.starts
+    tokens: Tokens = {"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids)}
+    if any(span.weight != 1 for span in spans):
+        tokens["weights"] = [1.0] * len(ids)
+    for span in spans:
+        # Several tokens may share a character; those of the span are the ones that start in it.
+        first, stop = bisect_left(starts, span.start), bisect_left(starts, span.end)
+        tokens["labels"][first:stop] = ids[first:stop]
+        if "weights" in tokens:
+            tokens["weights"][first:stop] = [span.weight] * (stop - first)
+    return tokens
+
+
+def _straddled(encoded: _Encoded, spans: Sequence[Span], control_ids: set[int]) -> list[int]:
+    """Edges of spans that lie inside a token.
+
+    A control token may reach over the end of its span: some (Phi-3's) swallow the white space behind them.
+    """
+    cuts = []
+    for span in spans:
+        for edge in (span.start, span.end):
+            before = bisect_left(encoded.starts, edge) - 1
+            if before < 0 or encoded.ends[before] <= edge:
+                continue
+            if edge == span.start or encoded.ids[before] not in control_ids:
+                cuts.append(edge)
+    return cuts
+
+
+def _encoder(tokenizer: "PreTrainedTokenizerBase") -> "_Encoder":
+    key = (len(tokenizer), control_tokens(tokenizer))
+    cached = _ENCODERS.get(tokenizer)
+    if cached is None or cached[0] != key:
+        cached = _ENCODERS[tokenizer] = (key, _Encoder(tokenizer))
+    return cached[1]
+
+
+_ENCODERS: WeakKeyDictionary = WeakKeyDictionary()
+
+
+class _Encoder:
+    """A private copy of a fast tokenizer's backend, whose offsets are exact.
+
+    A byte-level post-processor trims white space off the offsets, which hides that ` yes` straddles the edge before
+    `yes`; the copy has none. (Post-processors otherwise only add special tokens, which the text already contains.)
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        self.controls = control_tokens(tokenizer)
+        self.control_ids = {tokenizer.convert_tokens_to_ids(token) for token in self.controls}
+        self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        self.backend.post_processor = None
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = False
+        alone, behind = self.encode_texts(["x", "\nx"])
+        self.adds_prefix = behind.ids[bisect_left(behind.starts, 1) :] != alone.ids
+
+    def encode_texts(self, texts: Sequence[str]) -> list[_Encoded]:
+        """Each text as one piece."""
+        encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+        return [_Encoded(e.ids, [s for s, _ in o], [t for _, t in o]) for e in encodings for o in (e.offsets,)]
+
+    def encode_pieces(self, row: Rendered, cuts: Sequence[int]) -> _Encoded:
+        """The text cut at `cuts` and around its literal ranges, each piece as it continues the text before it."""
+        edges = {0, len(row.text), *cuts, *(edge for literal in row.literal for edge in literal)}
+        whole = _Encoded([], [], [])
+        for start, end in pairwise(sorted(edges)):
+            is_literal = any(begin <= start and end <= stop for begin, stop in row.literal)
+            piece = self._encode_piece(row, start, end, is_literal)
+            if is_literal and not self.control_ids.isdisjoint(piece.ids):
+                raise RowError(
+                    f"the tokenizer makes a control token of the plain text {row.text[start:end]!r}. Remove it from "
+                    "the message.",
+                    "control-token-in-content",
+                )
+            whole.ids.extend(piece.ids)
+            whole.starts.extend(start + s for s in piece.starts)
+            whole.ends.extend(start + e for e in piece.ends)
+        if _straddled(whole, [Span(edge, edge) for edge in cuts], set()):
+            raise _no_clean_split(row.text, cuts[0])
+        return whole
+
+    def _encode_piece(self, row: Rendered, start: int, end: int, is_literal: bool) -> _Encoded:
+        """Ids and offsets (from the piece's own start) of text[start:end]."""
+        piece = row.text[start:end]
+        if start == 0 or not self.adds_prefix:
+            return self._encode(piece, is_literal)
+        # Behind a control token the tokenizer begins afresh, with a space or without: as it would in the whole text.
+        is_literal_before = any(begin < start <= stop for begin, stop in row.literal)
+        control = "" if is_literal or is_literal_before else self._control_before(row.text, start)
+        for anchor in (control, *ANCHORS) if control else ANCHORS:
+            encoded = self._encode(anchor + piece, is_literal)
+            first = bisect_left(encoded.starts, len(anchor))
+            has_clean_edge = first == 0 or encoded.ends[first - 1] <= len(anchor)
+            if has_clean_edge and (anchor == control or not self._begins_with_added_space(encoded, first, piece)):
+                shift = len(anchor)
+                return _Encoded(
+                    encoded.ids[first:],
+                    [s - shift for s in encoded.starts[first:]],
+                    [e - shift for e in encoded.ends[first:]],
+                )
+        raise _no_clean_split(row.text, start)
+
+    def _encode(self, text: str, is_literal: bool) -> _Encoded:
+        self.backend.encode_special_tokens = is_literal
+        try:
+            return self.encode_texts([text])[0]
+        finally:
+            self.backend.encode_special_tokens = False
+
+    def _control_before(self, text: str, start: int) -> str:
+        return next((token for token in self.controls if text.endswith(token, 0, start)), "")
+
+    def _begins_with_added_space(self, encoded: _Encoded, first: int, piece: str) -> bool:
+        token = self.backend.id_to_token(encoded.ids[first]) if first < len(encoded.ids) else ""
+        return token[:1] in ("▁", "Ġ") and piece[:1] not in (" ", token[:1])
+
+
+def _no_clean_split(text: str, at: int) -> RowError:
+    return RowError(
+        f"the tokenizer joins the end of {text[max(at - 12, 0) : at]!r} with the beginning of {text[at : at + 12]!r} "
+        "and cannot encode them apart. Put a line break between prompt and answer, or use a chat template that does.",
+        "no-clean-split",
+    )
+
+
+def _by_prefixes(row: Rendered, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
+    """Labels without offsets: the ids up to each edge must be a beginning of all ids."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    ids = encode(row.text)
+    counts = {}
+    for edge in {edge for span in (*row.spans, *row.literal) for edge in span[:2]}:
+        prefix = encode(row.text[:edge])
+        if row.literal or ids[: len(prefix)] != prefix:
+            raise RowError(
+                f"{type(tokenizer).__name__} gives no offsets, and without them it cannot be told which tokens "
+                f"write {row.text[edge : edge + 24]!r}. Use the model's fast tokenizer.",
+                "no-offsets",
+            )
+        counts[edge] = len(prefix)
+    spans = [Span(counts[span.start], counts[span.end], span.weight) for span in row.spans]
+    return _label(_Encoded(ids, list(range(len(ids))), []), spans)
+
+
+def _bos(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The id that the tokenizer itself puts in front of a text, if it does."""
+    begin = tokenizer("", verbose=False)["input_ids"][:1]
+    return begin[0] if begin and begin[0] == tokenizer.bos_token_id else None
+
+
+def _with_bos(tokens: Tokens, bos: int | None) -> Tokens:
+    if bos is None or tokens["input_ids"][:1] == [bos]:
+        return tokens
+    front: Tokens = {"input_ids": [bos], "labels": [IGNORE_INDEX], "weights": [1.0]}
+    return {key: front[key] + values for key, values in tokens.items()}

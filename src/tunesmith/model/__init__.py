@@ -1,0 +1,1 @@
+"""A name becomes a trainable model: load → adapt, with attention that keeps documents apart."""

@@ -1,0 +1,147 @@
+"""What a model can do exactly and what the hardware does fast: measured at start-up, not read from a list of names."""
+
+import time
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.model.attention import attention_configs, documents_attend
+
+Layout = Literal["documents", "packed", "padded"]
+
+
+class Support(NamedTuple):
+    """How a model may be fed, as found by running it."""
+
+    layout: Layout
+    """`documents`: flat rows through our attention; `packed`: flat rows, transformers builds a block mask; `padded`."""
+    plain_head: bool
+    """The logits are exactly the output of the head module, so the loss may be formed inside it."""
+    why: str = ""
+    """What ruled out the faster layouts."""
+
+
+def probe_model(model: nn.Module, *, lengths: tuple[int, int] = (5, 7), seed: int = 0) -> Support:
+    """Run two short documents apart and end to end; the fastest layout whose logits agree is the one to use.
+
+    This finds what no list of architectures can: layers that carry state across documents, attention that ignores our
+    boundaries, heads that scale or cap their output.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = model.get_input_embeddings().weight
+    ids = torch.randint(0, min(embeddings.shape[0], 1000), (1, sum(lengths)), generator=generator).to(
+        embeddings.device
+    )
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            expected, plain_head = _separate_logits(model, ids, lengths)
+            return _fastest_layout(model, ids, lengths, expected, plain_head)
+    finally:
+        model.train(training)
+
+
+def _separate_logits(model: nn.Module, ids: Tensor, lengths: tuple[int, int]) -> tuple[Tensor, bool]:
+    """Logits of each document run alone, joined, and whether the head's own output is what the model returns."""
+    seen: list[Tensor] = []
+    head = model.get_output_embeddings()
+    hook = (
+        head.register_forward_hook(lambda _module, _inputs, output: seen.append(output)) if head is not None else None
+    )
+    try:
+        logits = [model(input_ids=part, use_cache=False).logits for part in ids.split(lengths, dim=1)]
+    finally:
+        if hook is not None:
+            hook.remove()
+    plain = len(seen) == 2 and all(
+        a.shape == b.shape and torch.equal(a.float(), b.float()) for a, b in zip(seen, logits)
+    )
+    return torch.cat(logits, dim=1), plain
+
+
+def _fastest_layout(
+    model: nn.Module, ids: Tensor, lengths: tuple[int, int], expected: Tensor, plain_head: bool
+) -> Support:
+    reasons = []
+    for layout in ("documents", "packed"):
+        try:
+            found = _flat_logits(model, ids, lengths, layout)
+        except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+            reasons.append(f"{layout}: {str(error).splitlines()[0]}")
+            continue
+        if agree(found, expected):
+            return Support(layout, plain_head, "; ".join(reasons))
+        reasons.append(f"{layout}: a document's logits change with its neighbour")
+    return Support("padded", plain_head, "; ".join(reasons))
+
+
+def _flat_logits(model: nn.Module, ids: Tensor, lengths: tuple[int, int], layout: str) -> Tensor:
+    position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(ids.device)
+    inputs: dict[str, Any] = {"input_ids": ids, "position_ids": position_ids, "use_cache": False}
+    if layout == "packed":
+        return model(**inputs).logits
+    bounds = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=ids.device)
+    with documents_attend(attention_configs(model)):
+        return model(**inputs, document_lengths=lengths, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds).logits
+
+
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Equal up to the rounding of their type; a leak between documents is orders of magnitude larger."""
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-8}.get(expected.dtype, 5e-2)
+    scale = expected.float().abs().max().clamp(min=1e-6)
+    return bool((found.float() - expected.float()).abs().max() <= tolerance * scale)
+
+
+def bf16_is_faster(device: torch.device, *, at_least: float = 1.5) -> bool:
+    """Whether bfloat16 matrix products run `at_least` times as fast as float32 ones.
+
+    CUDA devices answer by capability. CPUs are timed for some 50 ms: with AMX they are seven times as fast, without it
+    four times slower.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    return at_least * _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
+
+
+def _product_seconds(dtype: torch.dtype, repeats: int = 5) -> float:
+    """Fastest of a few (512, 768) × (768, 1024) products."""
+    left, right = torch.ones(512, 768, dtype=dtype), torch.ones(1024, 768, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        torch.nn.functional.linear(left, right)
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def activations_fit(model: nn.Module, tokens: int, *, bytes_per_value: int, device: torch.device) -> bool:
+    """Whether one micro-batch's saved activations fit beside weights, gradients and optimizer, by a plain estimate.
+
+    A decoder layer saves about 14 hidden-sized and 5 intermediate-sized vectors per token for its backward pass
+    (norms twice, q, k, v, attention in and out, residuals; gate, up, activation, product). Unknown sizes count as fitting.
+    """
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size")]
+    if None in sizes:
+        return True
+    layers, hidden = sizes
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    activations = tokens * layers * (14 * hidden + 5 * intermediate) * bytes_per_value
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return activations + 12 * trained < 0.8 * free_bytes(device)
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that is free on `device`; infinite where nobody can say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")

@@ -1,0 +1,184 @@
+"""Tokenizer and weights from a Hub id or a folder, adapters with their base; safetensors or GGUF, never pickles."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tunesmith.errors import ModelError, TemplateError
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_tokenizer(
+    name: str, *, chat_template: str | None = None, gguf_file: str | None = None, **hub: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or adapter folder or Hub id.
+
+    Args:
+        name: folder or Hub id.
+        chat_template: Jinja file or Jinja text that replaces the tokenizer's own template.
+        gguf_file: file inside `name` that holds tokenizer and weights.
+        hub: `revision`, `trust_remote_code`.
+
+    Raises: ModelError if there is none; TemplateError if the template file does not exist.
+    """
+    check_folder(name, gguf_file)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file, **hub)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{name}: no tokenizer can be loaded from there ({first_line(error)}). A model folder needs its tokenizer "
+            "files (tokenizer.json, tokenizer_config.json) beside config.json: copy them from the base model."
+        ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template)
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    gguf_file: str | None = None,
+    **hub: Any,
+) -> PreTrainedModel:
+    """A causal language model with its weights, on the CPU, as transformers loads it.
+
+    Args:
+        name: folder or Hub id of a full model.
+        dtype: type of the weights; "auto" keeps the checkpoint's.
+        hub: `revision`, `trust_remote_code`, and whatever else `from_pretrained` takes.
+
+    Raises: ModelError if there is no such model, or it has pickled weights only.
+    """
+    check_folder(name, gguf_file)
+    if attn_implementation is not None:
+        hub["attn_implementation"] = attn_implementation
+    if gguf_file is None:
+        hub.setdefault("use_safetensors", True)  # a pickled checkpoint can run code when it is opened
+    else:
+        hub["gguf_file"] = gguf_file
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **hub)
+    except ImportError as error:
+        raise ModelError(f"{name}: {first_line(error)}. GGUF files need: pip install 'tunesmith[gguf]'.") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{name}: no model can be loaded from there ({first_line(error)}). Give a folder with config.json and "
+            "safetensors weights, or a Hub id that this machine can reach or has in its cache."
+        ) from error
+    return without_gguf_marks(model)
+
+
+def load_any(
+    name: str, *, trainable_adapter: bool = False, dtype: str | torch.dtype = "auto", **options: Any
+) -> PreTrainedModel:
+    """A model folder or Hub id as it is; an adapter folder with its base underneath.
+
+    Args:
+        trainable_adapter: go on training the adapter instead of only using it.
+        options: as for `load_model`.
+    """
+    base = adapter_base(name)
+    if base is None:
+        return load_model(name, dtype=dtype, **options)
+    from peft import PeftModel
+
+    model = load_model(base, dtype=dtype, **options)
+    return PeftModel.from_pretrained(model, name, is_trainable=trainable_adapter)
+
+
+def adapter_base(name: str) -> str | None:
+    """Name of the base model that an adapter folder was trained on; `None` if `name` is not an adapter folder."""
+    config = Path(name) / ADAPTER_CONFIG
+    if not config.is_file():
+        return None
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            f"{config}: base_model_name_or_path is missing, so the adapter's base model is unknown. Add it."
+        )
+    return base
+
+
+def check_folder(name: str, gguf_file: str | None = None) -> None:
+    """Say what a local folder lacks before transformers looks for it on the Hub."""
+    folder = Path(name)
+    if not folder.exists():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise ModelError(f"{name}: there is no such folder, and it is not a Hub id (owner/name).")
+        return
+    if gguf_file is not None:
+        if not (folder / gguf_file).is_file():
+            raise ModelError(f"{name}: has no file {gguf_file}. It holds: {listing(folder)}.")
+    elif not (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"{name}: is no model folder, config.json is missing. It holds: {listing(folder)}.")
+    elif (
+        not (folder / ADAPTER_CONFIG).is_file()
+        and list(folder.glob("*.bin"))
+        and not list(folder.glob("*.safetensors"))
+    ):
+        raise ModelError(
+            f"{name}: has pickled weights (.bin) only, which can run code when opened. Convert them to safetensors first."
+        )
+
+
+def listing(folder: Path) -> str:
+    """The first few names in a folder, for a message."""
+    if not folder.is_dir():
+        return "nothing, it is a file"
+    names = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+
+
+def read_template(chat_template: str) -> str:
+    """Jinja text as it is, or the content of the file it names.
+
+    Raises: TemplateError if it names a file that does not exist.
+    """
+    if "{{" in chat_template or "{%" in chat_template:
+        return chat_template
+    path = Path(chat_template)
+    if not path.is_file():
+        raise TemplateError(f"chat_template: there is no file {chat_template}, and it is no Jinja text (no '{{{{').")
+    return path.read_text(encoding="utf-8")
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError if the tokenizer can write an id for which the model has no embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model only {rows} embeddings, so some text would crash it. "
+            "Use the model's own tokenizer, or resize the embeddings and train them (lora_modules_to_save)."
+        )
+
+
+def without_gguf_marks(model: PreTrainedModel) -> PreTrainedModel:
+    """Forget that the weights came from a GGUF file: they are plain floats now, and may be saved and trained.
+
+    transformers 5.23 keeps the marks of the quantizer that read the file, and then refuses `save_pretrained`.
+    """
+    if getattr(getattr(model, "hf_quantizer", None), "quantization_config", None) is None:
+        return model
+    if str(getattr(model.hf_quantizer.quantization_config, "quant_method", "")).lower().endswith("gguf"):
+        model.hf_quantizer, model.is_quantized = None, False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    return model
+
+
+def first_line(error: Exception) -> str:
+    """First sentence of another library's message."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__).rstrip(".")
+
+
+def model_max_length(name: str, **hub: Any) -> int | None:
+    """Longest sequence the model was built for, in tokens; `None` if its config does not say."""
+    config = AutoConfig.from_pretrained(adapter_base(name) or name, **hub)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

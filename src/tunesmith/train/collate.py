@@ -1,0 +1,123 @@
+"""Rows of token ids become tensors: flat, documents end to end, or padded where a model cannot keep documents apart.
+
+flat    input_ids  (1, T)   | doc 1 ......... | doc 2 ... | doc 3 ..... |
+        position_ids         0 1 2 ...          0 1 2 ...   0 1 2 ...
+        loss_index           positions whose *next* token is trained, loss_targets those tokens
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.data.tokenize import IGNORE_INDEX
+
+
+class FlatCollator:
+    """Lay the documents of some rows end to end, with no padding.
+
+    Rows have `input_ids` and `labels`, optionally `weights`, and `seq_lengths` when they are packed.
+    `boundaries=True` adds what document attention reads: `document_lengths` (host), `cu_seq_lens_q`, `cu_seq_lens_k`.
+    """
+
+    def __init__(self, boundaries: bool = True):
+        self.boundaries = boundaries
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        documents = [document for row in rows for document in split_documents(row)]
+        input_ids = torch.cat([document["input_ids"] for document in documents])
+        labels = torch.cat([first_masked(document["labels"]) for document in documents])
+        lengths = [len(document["input_ids"]) for document in documents]
+        batch: dict[str, Any] = {
+            "input_ids": input_ids.unsqueeze(0),
+            "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+            "labels": labels.unsqueeze(0),
+            "num_tokens": len(input_ids),
+            **loss_positions(labels.unsqueeze(0), joined_weights(documents)),
+        }
+        if self.boundaries:
+            bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+            batch |= {"document_lengths": tuple(lengths), "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+        return batch
+
+
+class PaddedCollator:
+    """One document a row, padded on the right to the longest; labels at padding are ignored by position, not by id."""
+
+    def __init__(self, pad_token_id: int = 0, pad_to_multiple_of: int | None = None):
+        self.pad_token_id = pad_token_id
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        documents = [document for row in rows for document in split_documents(row)]
+        width = max(len(document["input_ids"]) for document in documents)
+        if self.pad_to_multiple_of:
+            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        labels = stacked([first_masked(document["labels"]) for document in documents], width, IGNORE_INDEX)
+        weights = joined_weights(documents)
+        if weights is not None:
+            lengths = [len(document["input_ids"]) for document in documents]
+            weights = stacked(list(weights.split(lengths)), width, 0.0).flatten()
+        ones = [torch.ones(len(document["input_ids"]), dtype=torch.int64) for document in documents]
+        return {
+            "input_ids": stacked([document["input_ids"] for document in documents], width, self.pad_token_id),
+            "attention_mask": stacked(ones, width, 0),
+            "labels": labels,
+            "num_tokens": sum(len(one) for one in ones),
+            **loss_positions(labels, weights),
+        }
+
+
+def split_documents(row: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """The documents of one row, as int64 tensors: several if it is packed, else itself."""
+    columns = {
+        name: torch.as_tensor(row[name]) for name in ("input_ids", "labels", "weights") if row.get(name) is not None
+    }
+    lengths = row.get("seq_lengths")
+    if lengths is None:
+        return [columns]
+    pieces = {name: values.split(list(lengths)) for name, values in columns.items()}
+    return [dict(zip(pieces, parts)) for parts in zip(*pieces.values())]
+
+
+def first_masked(labels: Tensor) -> Tensor:
+    """Labels without the first: nothing comes before it in its document, so nothing can predict it."""
+    labels = labels.clone()
+    labels[0] = IGNORE_INDEX
+    return labels
+
+
+def joined_weights(documents: Sequence[dict[str, Tensor]]) -> Tensor | None:
+    """Weights of all tokens in order, (T,) float32; `None` if no document has any."""
+    if not any("weights" in document for document in documents):
+        return None
+    return torch.cat(
+        [document.get("weights", torch.ones(len(document["input_ids"]))).to(torch.float32) for document in documents]
+    )
+
+
+def stacked(values: Sequence[Tensor], width: int, fill: float) -> Tensor:
+    """Rows of unequal length as one (B, width) tensor, filled on the right."""
+    output = torch.full((len(values), width), fill, dtype=values[0].dtype)
+    for row, value in zip(output, values):
+        row[: len(value)] = value
+    return output
+
+
+def loss_positions(labels: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
+    """Where the loss is formed, found here on the host so that no step waits for the device.
+
+    Args:
+        labels: (B, S), not shifted. weights: one per position of `labels`, flattened.
+
+    Returns: `loss_index` (N,): flat positions whose next token is trained; `loss_targets` (N,): those tokens;
+    `loss_weights` (N,) float32 if there are weights.
+    """
+    shifted = torch.full_like(labels, IGNORE_INDEX)
+    shifted[:, :-1] = labels[:, 1:]
+    index = (shifted.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+    found = {"loss_index": index, "loss_targets": shifted.flatten()[index]}
+    if weights is not None:
+        found["loss_weights"] = weights[index + 1]  # the weight belongs to the token, one to the right
+    return found

@@ -1,0 +1,43 @@
+"""Fixtures that all tests share; `tests/tiny.py` builds variants."""
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from hypothesis import settings
+
+from tests import tiny
+
+settings.register_profile("tunesmith", max_examples=100, derandomize=True, deadline=None)
+settings.load_profile("tunesmith")
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """One byte is one id, so expected ids can be read; ChatML. Session-wide: do not change it, build your own."""
+    return tiny.make_byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def bpe_tokenizer():
+    """Byte-level BPE with merges across newlines and spaces; ChatML."""
+    return tiny.make_bpe_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_like_tokenizer():
+    """BPE with `▁` and byte fallback in the manner of Llama 2; Mistral-like template."""
+    return tiny.make_sentencepiece_like_tokenizer()
+
+
+@pytest.fixture
+def tiny_model():
+    """A fresh seeded float32 Llama for the byte tokenizer; `make_tiny_model(**config)` builds others."""
+    return tiny.make_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model():
+    return tiny.make_tiny_model
