@@ -1,5 +1,6 @@
 """Predictions: a file that survives an interruption, prompts as in training, a table that a person can read."""
 
+import copy
 import io
 import json
 
@@ -20,6 +21,12 @@ from tunesmith.evaluate.predict import (
 )
 
 SHORT = {"max_new_tokens": 4, "generation_batch_size": 2}
+
+
+@pytest.fixture
+def byte_tokenizer(byte_tokenizer):
+    """A copy, because tests here change it."""
+    return copy.deepcopy(byte_tokenizer)
 
 
 def chat(*contents):
@@ -61,8 +68,15 @@ def test_a_metric_may_be_a_function_and_sees_only_labelled_rows(tiny_model, byte
     examples = [chat("one?"), chat("two?", "2")]
     figures = predict(tiny_model, byte_tokenizer, examples, tmp_path / "p.jsonl", decoding=SHORT, metric=metric)
     assert (seen, figures["mine"]) == (["2"], 1.0)
-    with pytest.raises(DataError, match="no example has an expected answer"):
-        predict(tiny_model, byte_tokenizer, examples[:1], tmp_path / "p.jsonl", decoding=SHORT, metric="exact_match")
+
+
+def test_prompts_without_answers_are_answered_and_not_scored(tiny_model, byte_tokenizer, tmp_path, caplog):
+    figures = predict(
+        tiny_model, byte_tokenizer, [chat("one?")], tmp_path / "p.jsonl", decoding=SHORT, metric="exact_match"
+    )
+    assert sorted(figures) == ["predict_runtime", "predict_samples"]
+    assert read_predictions(tmp_path / "p.jsonl")[0]["label"] is None
+    assert "the metric is left out" in caplog.text
 
 
 def test_the_last_assistant_turn_is_the_label_and_what_precedes_it_the_prompt(byte_tokenizer):

@@ -1,6 +1,7 @@
 """Held-out examples → generated_predictions.jsonl, metrics, and the before/after table."""
 
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from tunesmith.runs import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 PREDICTIONS_FILE = "generated_predictions.jsonl"
 
@@ -72,13 +75,12 @@ def predict(
         progress: called with (answered, all) after each batch.
 
     Returns: `predict_samples`, `predict_runtime` in seconds, and the metric's figures.
-    Raises: DataError for plain-text examples, and for a metric over examples without any label.
+        Without any label the metric is left out, with a warning in the log.
+    Raises: DataError for plain-text examples.
     """
     path, started = Path(path), time.monotonic()
     score = lookup(METRICS, metric, "metric") if isinstance(metric, str) else metric
     questions = [ask(example, tokenizer, chat_template, index) for index, example in enumerate(examples)]
-    if score and questions and not any(question.label is not None for question in questions):
-        raise DataError(f"no example has an expected answer, so '{metric}' cannot be computed. Leave the metric out.")
     rows: dict[int, dict[str, Any]] = {}
     answers = generate_texts(
         model,
@@ -100,6 +102,9 @@ def predict(
         "predict_samples": len(ordered),
         "predict_runtime": round(time.monotonic() - started, 2),
     }
+    if score and not any(row["label"] is not None for row in ordered):
+        logger.warning("No example has an expected answer, so the metric is left out.")
+        score = None
     return figures | (scores(score, ordered) if score else {})
 
 

@@ -1,0 +1,1 @@
+"""What leaves the run: one merged checkpoint, and a chat in the terminal."""

@@ -1,0 +1,296 @@
+"""Base + adapter → one checkpoint that needs no peft, believed only after it was read back from disk and compared."""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tunesmith.errors import ConfigError, ModelError
+from tunesmith.evaluate.generate import stop_token_ids
+
+PROBES = (
+    "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs.",
+    'def add(a, b):\n    return a + b\n\n{"name": "Ada", "year": 1843}',
+    "Naïve café, Москва, 東京, 你好, 🙂 — 3.14159 and 2+2=4",
+)
+
+# Largest difference of any logit, as a share of the largest logit. In half precision this bounds what rounding the
+# weights (to 1 in 2^11 and 2^8) may do; that nothing else happened is checked apart, see `merge`.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def merge(
+    adapter_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Write base + adapter as one model in safetensors, with tokenizer and chat template.
+
+    The sum is formed in float32 and its logits are compared with those of base and adapter. What was written is read
+    back; every weight must be there bit for bit, and the logits are compared again, which in half precision shows
+    what the rounding costs. Only then does `output_dir` appear under its name.
+
+    Args:
+        adapter_dir: folder with `adapter_config.json` and the adapter's weights.
+        output_dir: the merged model. It must be empty or missing unless `overwrite`.
+        base: base model, where it is not (any more) where the adapter's config says.
+        dtype: type of the written weights: float32, bfloat16, float16. None: the type that the base is stored in.
+        overwrite: replace the model that `output_dir` holds; a folder that is not a model is never deleted.
+        console: where the result is told. None: standard output.
+
+    Returns: output_dir, base, dtype, `max_difference` of the logits, their `scale`, `relative_difference`,
+        `tolerance`, and `same_first_choice`, the share of positions where both models prefer the same token.
+    Raises: ModelError where base or adapter cannot be loaded, or the merged model answers differently; ConfigError
+        where `output_dir` is in the way.
+    """
+    adapter_dir, output_dir = Path(adapter_dir), Path(output_dir)
+    base = str(base or _base_of(adapter_dir))
+    _refuse_to_replace(output_dir, adapter_dir, base, overwrite)
+    model, stored = _load(adapter_dir, base)
+    target = _target_dtype(dtype, stored)
+    tokenizer = _load_tokenizer(adapter_dir, base)
+    probes = _probe_ids(tokenizer, model.get_input_embeddings().weight.shape[0])
+    expected = _logits(model, probes)
+    merged = _merge_weights(model)
+    _compare(expected, _logits(merged, probes), torch.float32)
+    staged = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.staged")
+    try:
+        _save(merged, tokenizer, staged, target)
+        written = _read_back(staged, merged)
+        del model, merged  # two copies in memory at most
+        result = _compare(expected, _logits(written.float(), probes), target)
+        _move_into_place(staged, output_dir)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    result = {"output_dir": str(output_dir), "base": base, "dtype": _name(target), **result}
+    _tell(result, console or Console())
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def _base_of(adapter_dir: Path) -> str:
+    path = adapter_dir / "adapter_config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        hint = " It is a whole model already." if (adapter_dir / "config.json").exists() else ""
+        raise ModelError(f"{adapter_dir} is not an adapter: there is no {path.name} in it.{hint}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}.") from error
+    if not config.get("base_model_name_or_path"):
+        raise ModelError(f"{path} does not say which model it belongs to. Name it with --base.")
+    return config["base_model_name_or_path"]
+
+
+def _load(adapter_dir: Path, base: str) -> tuple[PeftModel, torch.dtype]:
+    """Base and adapter in float32, and the type that the base is stored in."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the adapter {adapter_dir} belongs to '{base}', which cannot be loaded: "
+            f"{_first_line(error)} Name the base model with --base."
+        ) from error
+    stored = model.dtype
+    try:
+        adapted = PeftModel.from_pretrained(model.float(), adapter_dir)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"the adapter {adapter_dir} does not fit '{base}': {_first_line(error)}") from error
+    return adapted.float().eval(), stored
+
+
+def _load_tokenizer(adapter_dir: Path, base: str) -> PreTrainedTokenizerBase:
+    """The tokenizer saved beside the adapter (its chat template is the trained one), else the base's."""
+    source = str(adapter_dir) if (adapter_dir / "tokenizer_config.json").exists() else base
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the tokenizer of '{source}' cannot be loaded: {_first_line(error)}") from error
+
+
+def _target_dtype(dtype: str | None, stored: torch.dtype) -> torch.dtype:
+    if dtype in (None, "auto"):
+        return stored if stored in TOLERANCE else torch.float32
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got '{dtype}'.")
+    return DTYPES[dtype]
+
+
+def _read_back(path: Path, merged: PreTrainedModel) -> PreTrainedModel:
+    """The written model; raises ModelError unless it has the weights of `merged`, bit for bit."""
+    written = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+    expected, found = merged.state_dict(), written.state_dict()
+    missing = sorted(set(expected) ^ set(found))
+    wrong = missing or [name for name in expected if not torch.equal(expected[name].cpu(), found[name].cpu())]
+    if wrong:
+        raise ModelError(
+            f"the merged model read back from disk differs in {len(wrong)} of {len(expected)} weights, "
+            f"e.g. {wrong[0]}; nothing was kept. This is a defect; please report it with the adapter_config.json."
+        )
+    return written
+
+
+# ---------------------------------------------------------------------------------------------------- merging
+
+
+def _merge_weights(model: PeftModel) -> PreTrainedModel:
+    _untie_if_adapted(model)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except (ValueError, NotImplementedError, AttributeError) as error:
+        raise ModelError(f"this adapter cannot be merged: {_first_line(error)}") from error
+    embeddings, head = merged.get_input_embeddings().weight, _head_weight(merged)
+    if head is not None and head.data_ptr() != embeddings.data_ptr():
+        # peft before 0.21 leaves the config as it was, and not every loader notices that both weights are there.
+        for config in (merged.config, merged.config.get_text_config()):
+            config.tie_word_embeddings = False
+    return merged
+
+
+def _untie_if_adapted(model: PeftModel) -> None:
+    """Give a tied head its own weights if an adapter sits on it or on the embeddings.
+
+    The adapter model adds its update to one of the two; merged into the shared weight it would change both.
+    """
+    inner = model.get_base_model()
+    embeddings, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    if head is None or not any(
+        isinstance(part, (BaseTunerLayer, ModulesToSaveWrapper)) for part in (embeddings, head)
+    ):
+        return
+    plain = _plain_module(head)
+    if plain.weight.data_ptr() == _plain_module(embeddings).weight.data_ptr():
+        plain.weight = torch.nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
+
+
+def _plain_module(module: torch.nn.Module) -> torch.nn.Module:
+    """The base model's own module under peft's wrappers."""
+    if isinstance(module, BaseTunerLayer):
+        return module.get_base_layer()
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def _head_weight(model: PreTrainedModel) -> torch.Tensor | None:
+    head = model.get_output_embeddings()
+    return None if head is None else head.weight
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, dtype: torch.dtype) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    model.to(dtype)
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.eos_token_id = (
+        stop_token_ids(model, tokenizer) or None
+    )  # elsewhere nobody knows the template
+    try:
+        path.mkdir(parents=True)
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    except OSError as error:
+        raise ConfigError(f"the merged model cannot be written to {path}: {error.strerror or error}.") from error
+
+
+# ---------------------------------------------------------------------------------------------------- comparing
+
+
+def _probe_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[list[int]]:
+    """A few texts as token ids, and ids spread over the whole vocabulary, new tokens included."""
+    rows = [tokenizer(text)["input_ids"][:64] for text in PROBES]
+    rows.append([place * (vocabulary - 1) // 63 for place in range(64)])
+    return [[token for token in row if token < vocabulary] for row in rows if row]
+
+
+def _logits(model: torch.nn.Module, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Logits of every position of every row, (positions, V), in float32."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        parts = [model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0].cpu() for row in rows]
+    return torch.cat(parts).float()
+
+
+def _compare(expected: torch.Tensor, found: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:
+    if expected.shape != found.shape:
+        raise ModelError(
+            f"the merged model has {found.shape[1]} output tokens, base and adapter have {expected.shape[1]}; "
+            "nothing was kept."
+        )
+    difference, scale = (expected - found).abs().max().item(), expected.abs().max().item()
+    relative = difference / scale if scale else difference
+    if not relative <= TOLERANCE[dtype]:  # NaN included
+        raise ModelError(
+            f"the merged model answers differently from base and adapter: logits differ by {difference:.2e} of "
+            f"{scale:.2e} ({relative:.1e}, at most {TOLERANCE[dtype]:.0e} in {_name(dtype)}); nothing was kept. "
+            "Merge in float32 (--dtype float32), or keep using the adapter with its base."
+        )
+    return {
+        "max_difference": difference,
+        "scale": scale,
+        "relative_difference": relative,
+        "tolerance": TOLERANCE[dtype],
+        "same_first_choice": (expected.argmax(-1) == found.argmax(-1)).float().mean().item(),
+    }
+
+
+def _tell(result: dict[str, Any], console: Console) -> None:
+    console.out(
+        f"merged into {result['output_dir']} ({result['dtype']}). Read back from disk, logits differ from base + "
+        f"adapter by at most {result['max_difference']:.1e} of {result['scale']:.3g} "
+        f"({result['relative_difference']:.1e}, allowed {result['tolerance']:.0e}); "
+        f"first choice equal at {100 * result['same_first_choice']:.1f} % of positions.",
+        highlight=False,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- the folder
+
+
+def _refuse_to_replace(output_dir: Path, adapter_dir: Path, base: str, overwrite: bool) -> None:
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigError(f"output_dir: {output_dir} is a file. Name a folder.")
+    if not output_dir.exists() or not any(output_dir.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigError(f"output_dir: {output_dir} is not empty. Add --overwrite or choose another folder.")
+    place = output_dir.resolve()
+    for name, other in (("adapter", adapter_dir), ("base model", Path(base))):
+        if other.exists() and (place == other.resolve() or place in other.resolve().parents):
+            raise ConfigError(
+                f"output_dir: {output_dir} holds the {name} that is to be merged. Choose another folder."
+            )
+    if not (output_dir / "config.json").exists() or place == Path.cwd() or place in Path.cwd().parents:
+        raise ConfigError(f"output_dir: {output_dir} is not a model folder, so --overwrite does not delete it.")
+
+
+def _move_into_place(staged: Path, output_dir: Path) -> None:
+    """The old model goes only when the new one stands under its name."""
+    old = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.old")
+    if output_dir.exists():
+        os.replace(output_dir, old)
+    os.replace(staged, output_dir)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return line if line.endswith(".") else line + "."
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
