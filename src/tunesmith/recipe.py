@@ -375,7 +375,9 @@ def read_flag(flag: str, values: list[str], position: int, problems: Problems) -
         return []
     if option is not None and not takes(option.annotation, list):
         extra = " ".join(values)
-        problems.add(item, f"{flag} takes one value, got '{extra}'. The recipe comes first, then --option value.", key)
+        problems.add(
+            item, f"{flag} takes one value, got '{extra}'. The recipe comes first, then --option value.", option.name
+        )
         return []
     return [item]
 
@@ -721,7 +723,7 @@ CONTRADICTIONS = [
     Rule(
         ("do_train",),
         lambda v, given: "do_train" in given and not v["do_train"],
-        "`tunesmith train` always trains. Remove it, or use `tunesmith eval` or `tunesmith predict`.",
+        "do_train: false does not fit `tunesmith train`. Remove it, or use `tunesmith eval` or `tunesmith predict`.",
     ),
 ]
 
@@ -744,13 +746,13 @@ def check(chosen: Where, problems: Problems, task: Task) -> None:
     values = {name: option.default for name, option in options().items()}
     values |= {key: item.value for key, item in chosen.items()}
     for key in NEEDS[task]:
-        present = values[key] or (key == "eval_dataset" and values["val_size"] > 0)
-        if not present and key not in problems.keys:
+        if not values[key] and key not in problems.keys:
             problems.found.append((9, 0, f"{problems.source}: {key} is not set. {HOW_TO_SET[key]}"))
     rules = SAFETY + (CONTRADICTIONS if task in ("train", "check") else [])
     for rule in rules:
         if not problems.keys.intersection(rule.keys) and rule.broken(values, chosen):
-            places = [chosen[key].where for key in rule.keys if differs(key, chosen)]
+            given = [key for key in rule.keys if key in chosen]
+            places = [chosen[key].where for key in given if differs(key, chosen) or len(given) == 1]
             message = rule.message.format_map(values)
             problems.found.append((9, 1, f"{', '.join(places) or problems.source}: {message}"))
 
