@@ -178,6 +178,10 @@ def test_all_problems_stand_in_one_report_in_file_order(recipe_file):
     ]
 
 
+def test_an_unknown_python_keyword_names_the_nearest():
+    assert message(NEEDED, {"lora_rnk": 8}) == "unknown option 'lora_rnk'. Did you mean 'lora_rank'?"
+
+
 def test_one_problem_is_one_line(recipe_file):
     assert message(recipe_file(BASE + "lora_r: 8.5\n")) == "recipe.yaml:3: lora_r: expected a whole number, got 8.5."
 

@@ -40,7 +40,7 @@ Task = Literal["train", "check", "eval", "predict", "chat"]
 
 FILE, PYTHON, FLAG = 0, 1, 2  # layers: the higher one wins
 
-# Ranges of transformers' options, which declare types only.
+# Ranges of transformers' options, which declare types only; own options carry theirs in config.py.
 RANGES: dict[str, tuple] = {
     "num_train_epochs": (Gt(0),),
     "max_steps": (Ge(-1),),
@@ -62,7 +62,6 @@ RANGES: dict[str, tuple] = {
     "label_smoothing_factor": (Ge(0), Lt(1)),
     "neftune_noise_alpha": (Gt(0),),
     "dataloader_num_workers": (Ge(0),),
-    "dataset_num_proc": (Ge(1),),
     "seed": (Ge(0), Lt(2**32)),
     "data_seed": (Ge(0), Lt(2**32)),
 }
@@ -80,6 +79,8 @@ NOT_YET: dict[str, str] = {
     "load_in_8bit": "is not implemented in this version: weights are trained in full or half precision",
     "template": "does not exist: the tokenizer's chat template is used. chat_template names another",
     "dataset_dir": "does not exist. Write the path in dataset",
+    "dataset_num_proc": "does not exist: rows are tokenized in batches, in one process",
+    "preprocessing_num_workers": "does not exist: rows are tokenized in batches, in one process",
     "save_safetensors": "does not exist: weights are always saved as safetensors",
 }
 
@@ -436,11 +437,11 @@ def named(given: list[Given], problems: Problems) -> list[Given]:
             result.append(item._replace(key=key))
         else:
             hint = did_you_mean(item.spelled, [*known, *ALIASES])
-            what = "flag" if item.layer == FLAG else "key"
-            name = item.where if item.layer == FLAG else item.spelled
-            place = "" if item.layer == FLAG else f"{item.where}: "
+            what = f"{item.where}: unknown key '{item.spelled}'"
+            if item.layer != FILE:
+                what = f"unknown {'flag' if item.layer == FLAG else 'option'} '{item.where.removeprefix('argument ')}'"
             nearest = hint.split("'")[1] if hint else item.spelled
-            problems.add(item, f"{place}unknown {what} '{name}'.{hint}", ALIASES.get(nearest, nearest))
+            problems.add(item, f"{what}.{hint}", ALIASES.get(nearest, nearest))
     return result
 
 
