@@ -40,7 +40,7 @@ Task = Literal["train", "check", "eval", "predict", "chat"]
 
 FILE, PYTHON, FLAG = 0, 1, 2  # layers: the higher one wins
 
-# Ranges of transformers' options, which declare types only.
+# Ranges of transformers' options, which declare types only; own options carry theirs in config.py.
 RANGES: dict[str, tuple] = {
     "num_train_epochs": (Gt(0),),
     "max_steps": (Ge(-1),),
@@ -62,7 +62,6 @@ RANGES: dict[str, tuple] = {
     "label_smoothing_factor": (Ge(0), Lt(1)),
     "neftune_noise_alpha": (Gt(0),),
     "dataloader_num_workers": (Ge(0),),
-    "dataset_num_proc": (Ge(1),),
     "seed": (Ge(0), Lt(2**32)),
     "data_seed": (Ge(0), Lt(2**32)),
 }
@@ -80,6 +79,8 @@ NOT_YET: dict[str, str] = {
     "load_in_8bit": "is not implemented in this version: weights are trained in full or half precision",
     "template": "does not exist: the tokenizer's chat template is used. chat_template names another",
     "dataset_dir": "does not exist. Write the path in dataset",
+    "dataset_num_proc": "does not exist: rows are tokenized in batches, in one process",
+    "preprocessing_num_workers": "does not exist: rows are tokenized in batches, in one process",
     "save_safetensors": "does not exist: weights are always saved as safetensors",
 }
 
@@ -375,7 +376,9 @@ def read_flag(flag: str, values: list[str], position: int, problems: Problems) -
         return []
     if option is not None and not takes(option.annotation, list):
         extra = " ".join(values)
-        problems.add(item, f"{flag} takes one value, got '{extra}'. The recipe comes first, then --option value.", key)
+        problems.add(
+            item, f"{flag} takes one value, got '{extra}'. The recipe comes first, then --option value.", option.name
+        )
         return []
     return [item]
 
@@ -434,11 +437,11 @@ def named(given: list[Given], problems: Problems) -> list[Given]:
             result.append(item._replace(key=key))
         else:
             hint = did_you_mean(item.spelled, [*known, *ALIASES])
-            what = "flag" if item.layer == FLAG else "key"
-            name = item.where if item.layer == FLAG else item.spelled
-            place = "" if item.layer == FLAG else f"{item.where}: "
+            what = f"{item.where}: unknown key '{item.spelled}'"
+            if item.layer != FILE:
+                what = f"unknown {'flag' if item.layer == FLAG else 'option'} '{item.where.removeprefix('argument ')}'"
             nearest = hint.split("'")[1] if hint else item.spelled
-            problems.add(item, f"{place}unknown {what} '{name}'.{hint}", ALIASES.get(nearest, nearest))
+            problems.add(item, f"{what}.{hint}", ALIASES.get(nearest, nearest))
     return result
 
 
@@ -721,7 +724,7 @@ CONTRADICTIONS = [
     Rule(
         ("do_train",),
         lambda v, given: "do_train" in given and not v["do_train"],
-        "`tunesmith train` always trains. Remove it, or use `tunesmith eval` or `tunesmith predict`.",
+        "do_train: false does not fit `tunesmith train`. Remove it, or use `tunesmith eval` or `tunesmith predict`.",
     ),
 ]
 
@@ -744,13 +747,13 @@ def check(chosen: Where, problems: Problems, task: Task) -> None:
     values = {name: option.default for name, option in options().items()}
     values |= {key: item.value for key, item in chosen.items()}
     for key in NEEDS[task]:
-        present = values[key] or (key == "eval_dataset" and values["val_size"] > 0)
-        if not present and key not in problems.keys:
+        if not values[key] and key not in problems.keys:
             problems.found.append((9, 0, f"{problems.source}: {key} is not set. {HOW_TO_SET[key]}"))
     rules = SAFETY + (CONTRADICTIONS if task in ("train", "check") else [])
     for rule in rules:
         if not problems.keys.intersection(rule.keys) and rule.broken(values, chosen):
-            places = [chosen[key].where for key in rule.keys if differs(key, chosen)]
+            given = [key for key in rule.keys if key in chosen]
+            places = [chosen[key].where for key in given if differs(key, chosen) or len(given) == 1]
             message = rule.message.format_map(values)
             problems.found.append((9, 1, f"{', '.join(places) or problems.source}: {message}"))
 
