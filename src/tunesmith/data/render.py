@@ -10,7 +10,7 @@ Control tokens inside a person's messages are text: they are reported in `litera
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -217,8 +217,8 @@ class _Chat:
             "chat_template: to a template that accepts it",
         )
 
-    def refusal(self, what: str) -> TemplateError:
-        return _refusal(self.where, what)
+    def refusal(self, what: str, reason: str = "template") -> TemplateError:
+        return _refusal(self.where, what, reason)
 
 
 def _render_chat(chat: _Chat, messages: list["Message"], train_on: str, first: int | None) -> Rendered:
@@ -232,6 +232,7 @@ def _render_chat(chat: _Chat, messages: list["Message"], train_on: str, first: i
     masked = replace(chat, tools=hidden(chat.tools))
     masked_messages = hidden(plain)
     full = masked.text(masked_messages)
+    _check_written(masked, masked_messages, turns, full)
     text = chat.text(plain) if hidden.found else full
     literal = _literal_ranges(text, full, chat.where) if hidden.found else ()
     if train_on == "all":
@@ -245,6 +246,43 @@ def _render_chat(chat: _Chat, messages: list["Message"], train_on: str, first: i
     if spans and is_last_trained and plain[-1]["role"] == "assistant":
         text, spans = _with_stop(text, full, spans, controls, chat)
     return Rendered(text, [span for span in spans if span.weight > 0 and span.start < span.end], literal)
+
+
+def _check_written(chat: _Chat, messages: list[dict], turns: Mapping[int, float], full: str) -> None:
+    """Raise TemplateError where the template leaves out a system or user turn, a trained tool call, or the tools.
+
+    Many templates know nothing of tools: such a turn would come out empty, and teach the model to say nothing.
+    """
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        if message["role"] in ("system", "user") and isinstance(content, str) and content.strip()[:64] not in full:
+            raise chat.refusal(
+                f"the chat template does not write turn {index + 1} ({message['role']}). Take that turn out, or set "
+                "chat_template: to a template that writes it",
+                "turn-not-written",
+            )
+        for name in _called(message) if index in turns else ():
+            if name not in full:
+                raise chat.refusal(
+                    f"the chat template does not write the call of tool {name!r} in turn {index + 1}. Set "
+                    "chat_template: to a template for tools, or write the call as the turn's content",
+                    "call-not-written",
+                )
+    for tool in chat.tools or ():
+        name = tool.get("function", tool).get("name") if isinstance(tool, dict) else None
+        if isinstance(name, str) and name not in full:
+            raise chat.refusal(
+                f"the chat template does not write the tool {name!r}. Set chat_template: to a template for tools, or "
+                "leave tools out of the row",
+                "tools-not-written",
+            )
+
+
+def _called(message: dict) -> Iterator[str]:
+    for call in message.get("tool_calls") or ():
+        name = call.get("function", call).get("name") if isinstance(call, dict) else None
+        if isinstance(name, str):
+            yield name
 
 
 def _for_template(message: "Message") -> dict[str, Any]:

@@ -103,7 +103,7 @@ class Report:
         for row in tokens:
             self.lengths.append(len(row["input_ids"]))
             self.num_tokens += len(row["input_ids"])
-            self.num_trained += sum(label >= 0 for label in row["labels"])
+            self.num_trained += len(row["labels"]) - list(row["labels"]).count(IGNORE_INDEX)
 
     def check(self, max_drop_ratio: float) -> None:
         """Stop a run that would train on nothing, on next to nothing, or on too little of what was given.
