@@ -136,7 +136,7 @@ class TrainingFields:
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass to save memory. `None`: only where they would not fit."""
     upcast_trainable: bool = True
-    """Hold trained weights in float32 even if they were loaded in half precision, which would round small updates away."""
+    """Hold trained weights in float32 even if loaded in half precision, which rounds small updates away."""
     logging_steps: float = 1
     """Steps between two log lines; below 1, a share of the run."""
     logging_nan_inf_filter: bool = False

@@ -1,4 +1,4 @@
-"""One run, top to bottom: recipe → data → model → train → evaluate → compare → save. Each command calls one function."""
+"""One run, top to bottom: recipe → data → model → train → evaluate → compare → save. Each command calls one of these."""
 
 import contextlib
 import logging
@@ -128,7 +128,9 @@ def prepare_data(recipe: Recipe, tokenizer: Any, *, check: bool = True) -> Prepa
         return Prepared(dataset, report)
     held_out_examples = examples_of(recipe, held_out, held_out_report)
     if overlap := find_overlap(examples, held_out_examples):
-        held_out_report.note(f"{overlap} of {len(held_out_examples)} held-out examples also stand in the training data")
+        held_out_report.note(
+            f"{overlap} of {len(held_out_examples)} held-out examples also stand in the training data"
+        )
     held_out_dataset = encode(recipe, held_out_examples, tokenizer, held_out_report)
     if check:
         held_out_report.check(options.max_drop_ratio)
@@ -269,8 +271,11 @@ def show_results(
     what = "adapter" if recipe.model.adapter == "lora" else "model"
     lines = [
         f"trained in {clock(metrics['train_runtime'])}: {metrics['train_tokens']:,} tokens, {speed:,.0f} tokens/s",
-        *([f"held-out loss {metrics['eval_loss']:.3f}, token accuracy {metrics['eval_token_accuracy']:.1%}"]
-          if "eval_loss" in metrics else []),
+        *(
+            [f"held-out loss {metrics['eval_loss']:.3f}, token accuracy {metrics['eval_token_accuracy']:.1%}"]
+            if "eval_loss" in metrics
+            else []
+        ),
         f"{what + ':':11}{folder.path}",
         *([f"loss curve: {folder.path / 'training_loss.png'}"] if recipe.run.plot_loss else []),
         f"log:       {folder.path / 'metrics.jsonl'}",
@@ -288,7 +293,7 @@ def clock(seconds: float) -> str:
 
 @contextlib.contextmanager
 def recorded(folder: Run) -> Iterator[None]:
-    """Keep `status.json` true: preparing now, completed at the end, interrupted or failed with the reason otherwise."""
+    """Keep `status.json` true: preparing now, completed at the end, or interrupted or failed and why."""
     folder.write_status("preparing")
     try:
         yield
@@ -314,7 +319,7 @@ def quiet_libraries() -> None:
 
 
 def check(recipe: Recipe, rows: int = 3) -> Prepared:
-    """Show what would be trained: rows kept, changed and dropped, lengths, and real rows with trained tokens marked."""
+    """Show what would be trained: rows kept, changed and dropped, lengths, and real rows, trained tokens marked."""
     console = Console()
     quiet_libraries()
     tokenizer = tokenizer_of(recipe)
@@ -333,7 +338,7 @@ def show_data(data: Prepared, tokenizer: Any, console: Console, rows: int = 0) -
         console.out("held out:", highlight=False)
         data.evaluation_report.table(console)
     if rows:
-        preview(data.train.select(range(min(rows, len(data.train)))), tokenizer, console, rows=rows)
+        preview(list(data.train.select(range(min(rows, len(data.train))))), tokenizer, console, rows=rows)
 
 
 def report_json(data: Prepared) -> dict[str, Any]:
@@ -353,7 +358,9 @@ def evaluate(recipe: Recipe) -> dict[str, float]:
     report.check(recipe.data.max_drop_ratio)
     report.table(console)
     model = usable_model(recipe)
-    model.get_input_embeddings().requires_grad_(True)  # the trainer wants something to train; evaluation changes nothing
+    model.get_input_embeddings().requires_grad_(
+        True
+    )  # the trainer wants something to train; evaluation changes nothing
     given = {key: recipe.training[key] for key in ("bf16", "use_cpu", "padding_free") if key in recipe.training}
     size = recipe.training.get("per_device_eval_batch_size", 8)
     args = SFTConfig(output_dir=os.devnull, save_strategy="no", per_device_eval_batch_size=size, **given)

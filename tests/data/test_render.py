@@ -241,3 +241,27 @@ def test_a_prompt_loses_its_oldest_exchange_but_never_its_question():
     assert drop_oldest_turns(example) == {"prompt": [HI[0]], "completion": [HI[1]]}
     assert drop_oldest_turns({"prompt": [HI[0]], "completion": [HI[1]]}) is None
     assert drop_oldest_turns({"text": "once"}) is None
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+
+
+@pytest.mark.parametrize(
+    ("example", "words", "reason"),
+    [
+        ({"messages": [HI[0], CALL]}, "does not write the call of tool 'add' in turn 2", "call-not-written"),
+        (
+            {"messages": HI, "tools": [{"function": {"name": "add"}}]},
+            "does not write the tool 'add'",
+            "tools-not-written",
+        ),
+        ({"messages": [{"role": "system", "content": "Be brief."}, *HI]}, r"turn 1 \(system\)", "turn-not-written"),
+    ],
+)
+def test_a_template_that_leaves_something_out_is_refused(byte_tokenizer, example, words, reason):
+    template = (
+        "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    with pytest.raises(TemplateError, match=words) as caught:
+        render(example, byte_tokenizer, chat_template=template)
+    assert caught.value.reason == reason

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
+from tunesmith.data import IGNORE_INDEX
 from tunesmith.data.load import Row, RowError
 from tunesmith.data.normalize import Example, count_duplicates, describe_format, detect_format, normalize
 from tunesmith.data.render import Rendered, drop_oldest_turns, render
 from tunesmith.data.report import Report
-from tunesmith.data.tokenize import IGNORE_INDEX, Tokens, tokenize, truncate
+from tunesmith.data.tokenize import Tokens, tokenize, truncate
 from tunesmith.errors import DataError, TemplateError
 
 if TYPE_CHECKING:

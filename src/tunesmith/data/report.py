@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tunesmith.data import IGNORE_INDEX
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
@@ -323,7 +324,7 @@ def preview(
     parts: list[Text | str] = []
     for number, row in enumerate(token_rows[:rows], 1):
         runs = _shorten(_runs(row, tokenizer))
-        num_trained = sum(label >= 0 for label in row["labels"])
+        num_trained = sum(label != IGNORE_INDEX for label in row["labels"])
         title = f"── example {number}: {_count(len(row['input_ids']), 'token')}, {num_trained:,} trained"
         if coloured:
             console.print(_styled(title, runs), soft_wrap=True)
@@ -343,7 +344,8 @@ def _runs(row: Mapping[str, Any], tokenizer: Any) -> list[Run]:
     weights = row.get("weights") or [1.0] * len(ids)
     specials = _special_ids(tokenizer)
     states = [
-        (label >= 0, weight if label >= 0 else 1.0, id in specials) for id, label, weight in zip(ids, labels, weights)
+        (label != IGNORE_INDEX, weight if label != IGNORE_INDEX else 1.0, id in specials)
+        for id, label, weight in zip(ids, labels, weights)
     ]
     runs, start = [], 0
     for end in range(1, len(ids) + 1):

@@ -12,13 +12,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 from weakref import WeakKeyDictionary
 
+from tunesmith.data import IGNORE_INDEX
 from tunesmith.data.normalize import RowError
 from tunesmith.data.render import Rendered, Span, control_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORE_INDEX = -100
 
 # Put in front of a piece so that tokenizers which begin every text with a space do not begin the piece with one.
 ANCHORS = ("\n", "a", ".", "1", "я")

@@ -36,7 +36,8 @@ def freeze(model: PreTrainedModel, config: ModelConfig) -> nn.Module:
         for name in config.freeze_trainable_modules or parts:
             if name not in parts:
                 raise ConfigError(
-                    f"freeze_trainable_modules: layers have no '{name}'.{did_you_mean(name, parts)} Known: {', '.join(parts)}."
+                    f"freeze_trainable_modules: layers have no '{name}'.{did_you_mean(name, parts)} "
+                    f"Known: {', '.join(parts)}."
                 )
             parts[name].requires_grad_(True)
     return model
@@ -69,9 +70,9 @@ ADAPTERS: dict[str, Callable[[PreTrainedModel, ModelConfig], nn.Module]] = {
 
 
 def attach(model: PreTrainedModel, peft_config) -> nn.Module:
-    """Wrap `model` with the adapter that `peft_config` describes; neither the config nor unmatched names pass silently.
+    """Wrap `model` with the adapter that `peft_config` describes; the config stays as it is.
 
-    Raises: ConfigError when a name in `target_modules` or `modules_to_save` matches no module (peft ignores the latter).
+    Raises: ConfigError when a name in `target_modules` or `modules_to_save` matches no module (peft says nothing).
     """
     from copy import deepcopy
 
@@ -102,7 +103,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def upcast_trainable(model: nn.Module) -> int:
     """Hold trained parameters in float32 where they were loaded in half precision; returns how many tensors changed.
 
-    A bfloat16 weight has 8 bits: an update below 1/256 of its size is rounded away, so small learning rates train nothing.
+    A bfloat16 weight has 8 bits: an update below 1/256 of its size is rounded away, so small rates train nothing.
     """
     changed = 0
     for parameter in model.parameters():

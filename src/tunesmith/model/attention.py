@@ -68,7 +68,7 @@ def looped_documents(
     dropout: float,
     window: int | None,
 ) -> Tensor:
-    """One SDPA call per document; shapes as in `document_attention`. CPUs have a flash kernel with grouped heads for it."""
+    """One SDPA call per document; shapes as in `document_attention`. CPUs have a flash kernel for it."""
     grouped = query.shape[1] != key.shape[1]
     # split, not slicing: its backward concatenates, where slices would each add a zero-filled full tensor
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2))

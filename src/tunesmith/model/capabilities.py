@@ -15,7 +15,7 @@ class Support(NamedTuple):
     """How a model may be fed, as found by running it."""
 
     layout: Layout
-    """`documents`: flat rows through our attention; `packed`: flat rows, transformers builds a block mask; `padded`."""
+    """`documents`: flat rows, our attention; `packed`: flat rows, a block mask of transformers; `padded`: padded rows."""
     plain_head: bool
     """The logits are exactly the output of the head module, so the loss may be formed inside it."""
     why: str = ""
@@ -122,7 +122,7 @@ def activations_fit(model: nn.Module, tokens: int, *, bytes_per_value: int, devi
     """Whether one micro-batch's saved activations fit beside weights, gradients and optimizer, by a plain estimate.
 
     A decoder layer saves about 14 hidden-sized and 5 intermediate-sized vectors per token for its backward pass
-    (norms twice, q, k, v, attention in and out, residuals; gate, up, activation, product). Unknown sizes count as fitting.
+    (norms twice, q, k, v, attention in and out, residuals; gate, up, activation, product). Unknown sizes fit.
     """
     config = getattr(model, "config", None)
     config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config

@@ -123,7 +123,8 @@ def check_folder(name: str, gguf_file: str | None = None) -> None:
         and not list(folder.glob("*.safetensors"))
     ):
         raise ModelError(
-            f"{name}: has pickled weights (.bin) only, which can run code when opened. Convert them to safetensors first."
+            f"{name}: has pickled weights (.bin) only, which can run code when opened. "
+            "Convert them to safetensors first."
         )
 
 
@@ -153,8 +154,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model only {rows} embeddings, so some text would crash it. "
-            "Use the model's own tokenizer, or resize the embeddings and train them (lora_modules_to_save)."
+            f"the tokenizer has {len(tokenizer)} tokens but the model only {rows} embeddings, "
+            "so some text would crash it. Use the model's own tokenizer, or resize the embeddings and train them (lora_modules_to_save)."
         )
 
 

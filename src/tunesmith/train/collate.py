@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.data.tokenize import IGNORE_INDEX
+from tunesmith.data import IGNORE_INDEX
 
 
 class FlatCollator:
@@ -25,6 +25,7 @@ class FlatCollator:
         self.boundaries = boundaries
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """One flat batch."""
         documents = [document for row in rows for document in split_documents(row)]
         input_ids = torch.cat([document["input_ids"] for document in documents])
         labels = torch.cat([first_masked(document["labels"]) for document in documents])
@@ -50,6 +51,7 @@ class PaddedCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """One padded batch."""
         documents = [document for row in rows for document in split_documents(row)]
         width = max(len(document["input_ids"]) for document in documents)
         if self.pad_to_multiple_of:

@@ -1,6 +1,6 @@
 """The loss formed inside the model's head: the model runs as usual, but its head returns a loss instead of logits.
 
-So wrappers that work through `forward` (DDP, FSDP, autocast, peft) work as they always do, and no (T, V) tensor exists.
+So wrappers around `forward` (DDP, FSDP, autocast, peft) work as they always do, and no (T, V) tensor exists.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
-"""Cross-entropy over a vocabulary without ever holding all logits: rows in chunks, gradients formed in the forward pass.
+"""Cross-entropy over a vocabulary without all logits at once: rows in chunks, gradients formed in the forward pass.
 
     hidden (N, H) ── head, a chunk of rows at a time ──► logits (C, V) ──► Σ weight · nll   and   d/d hidden, d/d head
 
-N counts trained positions only; the caller selects them. Three matrix products per position in all, the least there is.
+N counts trained positions only; the caller selects them. Three matrix products per position, the least there is.
 """
 
 from collections.abc import Callable, Sequence

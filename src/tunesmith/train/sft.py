@@ -38,7 +38,7 @@ HOST_KEYS = ("labels", "loss_index", "loss_targets", "loss_weights", "num_tokens
 class SFTConfig(TrainingFields, Seq2SeqTrainingArguments):
     """All options of `SFTTrainer`: tunesmith's own (`TrainingFields`) and those of `Seq2SeqTrainingArguments`.
 
-    `bf16`, `gradient_checkpointing` and `padding_free` may be `None`: the trainer chooses for the hardware and the model.
+    `bf16`, `gradient_checkpointing` and `padding_free` may be `None`: the trainer chooses for hardware and model.
     """
 
     model_init_kwargs: dict[str, Any] | None = None
