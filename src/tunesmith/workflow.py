@@ -1,4 +1,4 @@
-"""One run, top to bottom: recipe → data → model → train → evaluate → compare → save. Each command calls one of these."""
+"""One run, top to bottom: recipe → data → model → train → evaluate → compare → save; a function for each command."""
 
 import contextlib
 import logging
@@ -313,6 +313,7 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 # ---- look, score, answer, talk -----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ class Support(NamedTuple):
     """How a model may be fed, as found by running it."""
 
     layout: Layout
-    """`documents`: flat rows, our attention; `packed`: flat rows, a block mask of transformers; `padded`: padded rows."""
+    """`documents`: flat, our attention; `packed`: flat, a block mask of transformers; `padded`: padded rows."""
     plain_head: bool
     """The logits are exactly the output of the head module, so the loss may be formed inside it."""
     why: str = ""

@@ -155,7 +155,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     if len(tokenizer) > rows:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens but the model only {rows} embeddings, "
-            "so some text would crash it. Use the model's own tokenizer, or resize the embeddings and train them (lora_modules_to_save)."
+            "so some text would crash it. Use the model's own tokenizer, or resize the embeddings and train them "
+            "(lora_modules_to_save)."
         )
 
 

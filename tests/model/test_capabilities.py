@@ -1,0 +1,53 @@
+"""The start-up checks see what a model does, not what it is called."""
+
+import pytest
+import torch
+
+from tunesmith.model import capabilities
+from tunesmith.model.capabilities import activations_fit, agree, bf16_is_faster, probe_model
+
+
+def test_a_plain_model_takes_flat_documents(tiny_model):
+    tiny_model.train()
+    assert probe_model(tiny_model) == ("documents", True, "")
+    assert tiny_model.training
+
+
+def test_a_leak_between_documents_is_seen(tiny_model, monkeypatch):
+    leaking = tiny_model.model.layers[0].register_forward_hook(
+        lambda module, args, output: output + output.mean(1, True)
+    )
+    support = probe_model(tiny_model)
+    assert support.layout == "padded"
+    assert "change with its neighbour" in support.why
+    leaking.remove()
+
+
+def test_a_scaled_output_is_seen(tiny_model):
+    scaled = tiny_model.register_forward_hook(
+        lambda module, args, output: output.__setitem__("logits", output.logits * 2)
+    )
+    assert not probe_model(tiny_model).plain_head
+    scaled.remove()
+
+
+@pytest.mark.parametrize(("dtype", "noise", "same"), [(torch.float32, 1e-6, True), (torch.float32, 1e-2, False)])
+def test_agreement_allows_rounding_only(dtype, noise, same):
+    values = torch.linspace(-1, 1, 9, dtype=dtype)
+    assert agree(values + noise, values) is same
+
+
+def test_the_precision_probe_compares_times(monkeypatch):
+    seconds = {torch.float32: 3.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr(capabilities, "_product_seconds", lambda dtype: seconds[dtype])
+    assert bf16_is_faster(torch.device("cpu"))
+    seconds[torch.bfloat16] = 2.5  # faster, but not worth the rounding
+    assert not bf16_is_faster(torch.device("cpu"))
+
+
+def test_the_estimate_grows_with_tokens(tiny_model, monkeypatch):
+    monkeypatch.setattr(capabilities, "free_bytes", lambda device: 10e6)
+    fits = [
+        activations_fit(tiny_model, tokens, bytes_per_value=4, device=torch.device("cpu")) for tokens in (100, 10**6)
+    ]
+    assert fits == [True, False]
