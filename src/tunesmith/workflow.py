@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import transformers
 from rich.console import Console
 from torch import nn
 
+from tunesmith import __version__
 from tunesmith.config import TrainingFields
 from tunesmith.data.load import load_rows, split_rows
 from tunesmith.data.normalize import Example, find_overlap
@@ -37,6 +39,7 @@ from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, plot_los
 from tunesmith.train.sft import SFTConfig, SFTTrainer
 
 SHOWN_COMPARISONS = 5
+DEFAULT_SEED = 42
 
 STAGES = {"sft": (SFTTrainer, SFTConfig)}
 
@@ -78,7 +81,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         data = prepare_data(recipe, tokenizer)
         folder.save_json("data_report.json", report_json(data))
         show_data(data, tokenizer, console)
-        model = trainable_model(recipe, vocabulary=len(tokenizer))
+        model = trainable_model(recipe)
         trainer = build_trainer(recipe, model, tokenizer, data, folder, console)
         before = compare(recipe, trainer, data, folder, "before", console)
         metrics = trainer.train().metrics
@@ -117,7 +120,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, *, check: bool = True) -> Prepa
     if options.eval_dataset:
         held_out = load_source(recipe, options.eval_dataset, held_out_report)
     elif options.val_size:
-        rows, held_out = split_rows(rows, options.val_size, recipe.training.get("seed", 42))
+        rows, held_out = split_rows(rows, options.val_size, recipe.training.get("seed", DEFAULT_SEED))
         report.read -= len(held_out)
         held_out_report.read = len(held_out)
     examples = examples_of(recipe, rows, report)
@@ -176,9 +179,10 @@ def encode(recipe: Recipe, examples: Sequence[Example], tokenizer: Any, report: 
     )
 
 
-def trainable_model(recipe: Recipe, vocabulary: int) -> nn.Module:
+def trainable_model(recipe: Recipe) -> nn.Module:
     """The base model with what the recipe trains of it; an adapter folder's adapter goes on training."""
     options = recipe.model
+    transformers.set_seed(recipe.training.get("seed", DEFAULT_SEED))  # before adapters draw their first weights
     model = load_any(
         options.model_name_or_path,
         trainable_adapter=True,
@@ -207,7 +211,7 @@ def build_trainer(
 ) -> SFTTrainer:
     """The stage's trainer, with the run directory and the progress display listening."""
     trainer_class, config_class = STAGES[recipe.run.stage]
-    defaults = {"output_dir": str(folder.path), "seed": 42}
+    defaults = {"output_dir": str(folder.path), "seed": DEFAULT_SEED}
     try:
         args = config_class(**{**defaults, **recipe.training})
     except ValueError as error:  # transformers checks combinations of its own
@@ -364,8 +368,9 @@ def evaluate(recipe: Recipe) -> dict[str, float]:
     )  # the trainer wants something to train; evaluation changes nothing
     given = {key: recipe.training[key] for key in ("bf16", "use_cpu", "padding_free") if key in recipe.training}
     size = recipe.training.get("per_device_eval_batch_size", 8)
-    args = SFTConfig(output_dir=os.devnull, save_strategy="no", per_device_eval_batch_size=size, **given)
-    metrics = SFTTrainer(model, args, eval_dataset=dataset, processing_class=tokenizer).evaluate()
+    with tempfile.TemporaryDirectory() as folder:  # the trainer makes its output folder whether it writes or not
+        args = SFTConfig(output_dir=folder, save_strategy="no", per_device_eval_batch_size=size, **given)
+        metrics = SFTTrainer(model, args, eval_dataset=dataset, processing_class=tokenizer).evaluate()
     for name in ("loss", "perplexity", "token_accuracy"):
         console.out(f"{name.replace('_', ' '):16}{metrics[f'eval_{name}']:.4f}", highlight=False)
     return metrics
@@ -443,12 +448,13 @@ def env() -> dict[str, str]:
     """Versions, device and what was found fast here, for a bug report; no paths, no names."""
     from importlib import metadata
 
-    names = ("tunesmith", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
+    names = ("torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     begin = time.perf_counter()
     fast = bf16_is_faster(device)
     return {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "tunesmith": __version__,
         **{name: metadata.version(name) for name in names},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "cores": f"{os.cpu_count()}, {torch.get_num_threads()} threads used by torch",

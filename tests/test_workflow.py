@@ -1,0 +1,231 @@
+"""The command line from recipe to answers, on the tiny model; and what each kind of bad input says."""
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tunesmith.cli import app
+from tunesmith.data.prepare import as_dataset
+from tunesmith.runs import read_metrics, read_status
+from tunesmith.workflow import run
+
+PAIRS = [("Red or blue?", "red"), ("Up or down?", "up"), ("Left or right?", "left"), ("In or out?", "in")]
+
+
+@pytest.fixture
+def workplace(tiny_model, byte_tokenizer, tmp_path, monkeypatch):
+    """A folder with a model, training rows, held-out rows and a recipe; it is the current directory."""
+    tiny_model.save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", PAIRS * 4)
+    write_rows(tmp_path / "heldout.jsonl", PAIRS[:3])
+    write_recipe(tmp_path / "recipe.yaml")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_rows(path, pairs):
+    rows = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
+        for question, reply in pairs
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_recipe(path, **changes):
+    options = {
+        "model_name_or_path": "model",
+        "dataset": "train.jsonl",
+        "eval_dataset": "heldout.jsonl",
+        "output_dir": "run",
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "lora_r": 4,
+        "compare_rows": 2,
+        "max_new_tokens": 8,
+        "bf16": False,
+        "use_cpu": True,
+        "save_strategy": "no",
+        **changes,
+    }
+    path.write_text(yaml.safe_dump({key: value for key, value in options.items() if value is not None}))
+
+
+def call(*words, code=0) -> str:
+    """Output of a command that must end with `code`; a traceback fails the test."""
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def test_a_recipe_becomes_a_trained_adapter(workplace):
+    output = call("train", "recipe.yaml")
+    run_dir = workplace / "run"
+    for name in (
+        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja", "recipe.yaml",
+        "metrics.jsonl", "trainer_log.jsonl", "status.json", "data_report.json", "training_loss.png",
+        "predictions_before.jsonl", "predictions_after.jsonl", "all_results.json", "trainer_state.json",
+    ):  # fmt: skip
+        assert (run_dir / name).is_file(), name
+    assert read_status(run_dir)["state"] == "completed"
+    assert [row["step"] for row in read_metrics(run_dir) if "loss" in row] == [1, 2, 3]
+    for words in ("16 rows read, 16 kept, 0 dropped", "format: messages", "exact match: ", "tunesmith chat run"):
+        assert words in output
+    assert "\x1b" not in output
+    assert "\r" not in output
+
+
+@pytest.mark.parametrize("adapter", ["full", "freeze", "lora"])
+def test_what_was_trained_can_be_scored_asked_and_merged(workplace, adapter):
+    write_recipe(workplace / "recipe.yaml", adapter=adapter, lora_r=None, do_merge=adapter == "lora")
+    call("train", "recipe.yaml")
+    trained = json.loads((workplace / "run" / "all_results.json").read_text())
+    scored = call("eval", "run", "--bf16", "false")
+    assert f"loss            {trained['eval_loss']:.4f}" in scored
+    call("predict", "run", "--output", "answers.jsonl")
+    answers = [json.loads(line) for line in (workplace / "answers.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in answers] == ["red", "up", "left"]
+    after = [json.loads(line) for line in (workplace / "run" / "predictions_after.jsonl").read_text().splitlines()]
+    assert [row["predict"] for row in answers[:2]] == [row["predict"] for row in after]
+    if adapter == "lora":
+        merged = call("eval", "run/merged", "--eval_dataset", "heldout.jsonl", "--bf16", "false")
+        assert f"loss            {trained['eval_loss']:.4f}" in merged
+        call("merge", "run", "elsewhere")
+        assert (workplace / "elsewhere" / "model.safetensors").is_file()
+
+
+def test_training_lowers_the_loss_and_goes_on_from_an_adapter(workplace):
+    write_recipe(workplace / "recipe.yaml", max_steps=30, learning_rate=0.01, lora_r=8)
+    call("train", "recipe.yaml")
+    losses = [row["loss"] for row in read_metrics(workplace / "run") if "loss" in row]
+    assert losses[-1] < losses[0] - 0.3
+    call("train", "recipe.yaml", "--model_name_or_path", "run", "--output_dir", "again", "--max_steps", "1")
+    first = next(row["loss"] for row in read_metrics(workplace / "again") if "loss" in row)
+    assert first < losses[0] - 0.3
+
+
+def test_a_saved_recipe_repeats_the_run(workplace):
+    call("train", "recipe.yaml", "--learning_rate", "1e-2")
+    call("train", "run/recipe.yaml", "--output_dir", "again")
+    one, other = ((workplace / name / "adapter_model.safetensors").read_bytes() for name in ("run", "again"))
+    assert one == other
+
+
+def test_python_runs_the_same_recipe(workplace):
+    figures = run("recipe.yaml", output_dir="python", max_steps=1, compare_rows=0)
+    assert figures["train_tokens"] > 0
+    assert (workplace / "python" / "adapter_model.safetensors").is_file()
+
+
+def test_check_shows_what_would_be_trained_and_writes_nothing(workplace):
+    before = sorted(path.name for path in workplace.iterdir())
+    output = call("check", "recipe.yaml", "--rows", "1")
+    assert "⟦red<|im_end|>⟧" in output.replace("\n", "")
+    assert "16 rows read, 16 kept" in output
+    assert sorted(path.name for path in workplace.iterdir()) == before
+
+
+def test_part_of_the_data_can_be_held_out(workplace):
+    output = call("check", "recipe.yaml", "--val_size", "0.25")
+    assert "12 rows read, 12 kept" in output
+    assert "4 rows read, 4 kept" in output
+
+
+def test_held_out_rows_that_are_trained_on_are_named(workplace):
+    assert "3 of 3 held-out examples also stand in the training data" in call("check", "recipe.yaml")
+
+
+@pytest.mark.parametrize("stage", ["train", "check"])
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--learnin_rate", "1"], 2, r"unknown flag '--learnin_rate'. Did you mean 'learning_rate'?"),
+        (["--lora_r", "eight"], 2, "lora_r: expected a whole number"),
+        (["--dataset", "absent.jsonl"], 3, "absent.jsonl"),
+        (["--model_name_or_path", "bare"], 2, "no tokenizer can be loaded from there"),
+        (["--dataset", "broken.jsonl"], 3, "broken.jsonl:3: not valid JSON"),
+        (["--dataset", "renamed.jsonl"], 3, "mesages"),
+        (["--dataset", "empty.jsonl"], 3, "empty.jsonl is empty"),
+        (["--max_length", "12"], 3, "nothing is left to train on: all 16 rows were dropped"),
+    ],
+)
+def test_bad_input_says_what_and_where(workplace, tiny_model, stage, words, code, message):
+    tiny_model.save_pretrained(workplace / "bare")
+    good = (workplace / "train.jsonl").read_text().splitlines(keepends=True)
+    (workplace / "broken.jsonl").write_text("".join([*good[:2], '{"messages": [}\n', *good[2:]]))
+    (workplace / "renamed.jsonl").write_text("".join(good).replace("messages", "mesages"))
+    (workplace / "empty.jsonl").write_text("")
+    assert message in call(stage, "recipe.yaml", *words, code=code)
+
+
+def test_all_mistakes_of_a_recipe_come_in_one_report(workplace):
+    (workplace / "bad.yaml").write_text(
+        "model_name_or_path: model\ndataset: train.jsonl\nlora_rnak: 8\nmax_steps: many\n"
+    )
+    output = call("train", "bad.yaml", code=2)
+    assert "bad.yaml:3: unknown key 'lora_rnak'. Did you mean 'lora_rank'?" in output
+    assert "bad.yaml:4: max_steps: expected a whole number, got 'many'" in output
+
+
+def test_a_folder_that_holds_a_run_is_not_touched(workplace):
+    call("train", "recipe.yaml")
+    before = (workplace / "run" / "adapter_model.safetensors").read_bytes()
+    assert "--overwrite_output_dir" in call("train", "recipe.yaml", "--seed", "7", code=2)
+    assert (workplace / "run" / "adapter_model.safetensors").read_bytes() == before
+    call("train", "recipe.yaml", "--seed", "7", "--overwrite_output_dir")
+    assert (workplace / "run" / "adapter_model.safetensors").read_bytes() != before
+
+
+def test_a_failed_run_says_so_in_its_folder(workplace):
+    call("train", "recipe.yaml", "--max_length", "12", code=3)
+    status = read_status(workplace / "run")
+    assert status["state"] == "failed"
+    assert "nothing is left to train on" in status["reason"]
+
+
+@pytest.mark.parametrize(
+    ("how", "kept", "words"),
+    [("drop", 16, "4 dropped"), ("truncate", 20, "changed  cut"), ("keep_last_turns", 20, "turns-dropped")],
+)
+def test_long_rows_are_counted_whatever_becomes_of_them(workplace, how, kept, words):
+    turns = [{"role": role, "content": "word " * 8} for _ in range(3) for role in ("user", "assistant")]
+    with (workplace / "train.jsonl").open("a") as file:
+        file.write((json.dumps({"messages": turns}) + "\n") * 4)
+    output = call("check", "recipe.yaml", "--max_length", "200", "--too_long", how, "--max_drop_ratio", "0.5")
+    assert f"20 rows read, {kept} kept" in output
+    assert words in output
+
+
+def test_an_error_stops_at_the_first_long_row(workplace):
+    output = call("check", "recipe.yaml", "--max_length", "12", "--too_long", "error", code=3)
+    assert "train.jsonl row 1: " in output
+    assert "tokens, max_length is 12" in output
+
+
+def test_bad_rows_can_be_skipped_and_are_counted(workplace):
+    with (workplace / "train.jsonl").open("a") as file:
+        file.write('{"messages": []}\n{"messages": [{"role": "usr", "content": "x"}]}\nnot json\n')
+    words = ("--on_bad_row", "skip", "--max_drop_ratio", "0.2")
+    output = call("check", "recipe.yaml", *words)
+    assert "19 rows read, 16 kept, 3 dropped" in output
+    assert "train.jsonl:19" in output
+    call("train", "recipe.yaml", *words)
+    report = json.loads((workplace / "run" / "data_report.json").read_text())["train"]
+    assert report["rows"] == {"read": 19, "kept": 16, "dropped": 3}
+    assert len(report["dropped_rows"]) == 3
+
+
+def test_env_names_versions_and_no_paths(workplace):
+    output = call("env")
+    assert "torch" in output
+    assert "products are the faster here" in output
+    assert str(workplace) not in output
+
+
+def test_weights_make_a_column_only_where_some_differ():
+    plain = {"input_ids": [1, 2], "labels": [-100, 2]}
+    assert as_dataset([plain]).column_names == ["input_ids", "labels"]
+    assert as_dataset([plain, {**plain, "weights": [1.0, 2.0]}])["weights"] == [[1.0, 1.0], [1.0, 2.0]]
