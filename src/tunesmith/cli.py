@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# --option value is not declared word by word: recipe.py reads it, with the names and types of config.py
+# --option value is not declared word by word: recipe/ reads it, with the names and types of config.py
 ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Recipe = Annotated[str | None, typer.Argument(metavar="RECIPE", help="recipe.yaml; flags alone will do, too")]
