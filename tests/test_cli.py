@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import tunesmith
 from tunesmith import errors
 from tunesmith.cli import app
+from tunesmith.runs import prepare_output_dir
 
 RECIPE = ["--model", "m", "--dataset", "d.jsonl"]
 
@@ -186,8 +187,15 @@ def test_ctrl_c_exits_with_130(calls, monkeypatch):
     assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
 
 
+def crash_once_prepared(recipe):
+    run = Path(recipe.training["output_dir"])
+    run.mkdir(parents=True)
+    (run / "status.json").write_text("{}")
+    return 1 / 0
+
+
 def test_an_unexpected_error_leaves_its_traceback_in_the_run_directory(calls, monkeypatch):
-    monkeypatch.setattr(calls.workflow, "train", lambda recipe: 1 / 0)
+    monkeypatch.setattr(calls.workflow, "train", crash_once_prepared)
     result = invoke("train", *RECIPE, "--output_dir", "runs/a")
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
@@ -195,6 +203,17 @@ def test_an_unexpected_error_leaves_its_traceback_in_the_run_directory(calls, mo
         f"This is not a mistake in your recipe. The traceback is in {Path('runs/a/crash.txt')}.",
     ]
     assert "1 / 0" in Path("runs/a/crash.txt").read_text()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_crash_before_the_run_directory_is_prepared_leaves_it_free(calls, monkeypatch, exists):
+    monkeypatch.setattr(calls.workflow, "train", lambda recipe: 1 / 0)
+    if exists:
+        Path("runs/a").mkdir(parents=True)
+    result = invoke("train", *RECIPE, "--output_dir", "runs/a")
+    assert "The traceback is in tunesmith-crash.txt." in result.stderr
+    assert "1 / 0" in Path("tunesmith-crash.txt").read_text()
+    assert prepare_output_dir("runs/a", overwrite=False) == Path("runs/a")
 
 
 def test_traceback_shows_where_an_error_arose(calls, monkeypatch):

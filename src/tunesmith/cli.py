@@ -109,9 +109,12 @@ def report(error: BaseException, door: Door) -> int:
 
 
 def crash_file(error: BaseException, door: Door) -> Path:
-    """Write the traceback into the run directory, or here where there is none."""
-    path = Path(door.output_dir) / "crash.txt" if door.output_dir else Path("tunesmith-crash.txt")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write the traceback into the run directory; here where there is none, or none yet.
+
+    A file in a folder that holds no run would bar the next start from it: a run wants an empty one.
+    """
+    run = Path(door.output_dir).expanduser() if door.output_dir else None
+    path = run / "crash.txt" if run and (run / "status.json").is_file() else Path("tunesmith-crash.txt")
     path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     return path
 
