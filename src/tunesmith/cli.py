@@ -227,6 +227,9 @@ def chat(
 def merge_adapter(
     adapter: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run directory or adapter folder")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for the merged model")],
+    base: Annotated[
+        str | None, typer.Option(help="Base model, where it is not where the adapter's config says")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT holds")] = False,
     show_traceback: Traceback = False,
 ) -> None:
@@ -234,7 +237,7 @@ def merge_adapter(
     with errors_reported(show_traceback):
         from tunesmith.deliver.merge import merge
 
-        merge(adapter, output, overwrite=overwrite)
+        merge(adapter, output, base=base, overwrite=overwrite)
 
 
 @app.command()
