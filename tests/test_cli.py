@@ -1,5 +1,6 @@
 """The command line: what each command calls, what it prints, its exit code, and how fast it starts."""
 
+import os
 import subprocess
 import sys
 import types
@@ -239,3 +240,14 @@ def test_a_reader_that_leaves_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+def test_a_terminal_without_utf8_shows_question_marks():
+    code = (
+        "import sys, types, tunesmith\n"
+        "tunesmith.workflow = types.SimpleNamespace(env=lambda: print('caf\\xe9') or {})\n"
+        "from tunesmith.cli import main\nsys.argv = ['tunesmith', 'env']\nmain()\n"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, b"caf?", b"")

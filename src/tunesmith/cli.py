@@ -4,6 +4,7 @@ Nothing here imports torch: each command imports what it runs.
 """
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -254,4 +255,7 @@ def env(show_traceback: Traceback = False) -> None:
 
 def main() -> None:
     """Run the command line; `console_scripts` and `python -m tunesmith` call it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ?, where strict would raise
     app(prog_name="tunesmith")
