@@ -1,5 +1,6 @@
 """The command line: what each command calls, what it prints, its exit code, and how fast it starts."""
 
+import os
 import subprocess
 import sys
 import types
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 import tunesmith
 from tunesmith import errors
 from tunesmith.cli import app
+from tunesmith.runs import prepare_output_dir
 
 RECIPE = ["--model", "m", "--dataset", "d.jsonl"]
 
@@ -144,7 +146,12 @@ def test_eval_without_examples_says_what_to_add(calls):
 
 def test_merge_passes_its_folders(calls):
     assert invoke("merge", "runs/a", "merged", "--overwrite").exit_code == 0
-    assert calls.list == [("merge", (Path("runs/a"), Path("merged")), {"overwrite": True})]
+    assert calls.list == [("merge", (Path("runs/a"), Path("merged")), {"base": None, "overwrite": True})]
+
+
+def test_merge_takes_the_base_model_that_its_messages_ask_for(calls):
+    assert invoke("merge", "runs/a", "merged", "--base", "org/base").exit_code == 0
+    assert calls.list[0][2] == {"base": "org/base", "overwrite": False}
 
 
 def test_env_prints_a_table(calls):
@@ -186,8 +193,15 @@ def test_ctrl_c_exits_with_130(calls, monkeypatch):
     assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
 
 
+def crash_once_prepared(recipe):
+    run = Path(recipe.training["output_dir"])
+    run.mkdir(parents=True)
+    (run / "status.json").write_text("{}")
+    return 1 / 0
+
+
 def test_an_unexpected_error_leaves_its_traceback_in_the_run_directory(calls, monkeypatch):
-    monkeypatch.setattr(calls.workflow, "train", lambda recipe: 1 / 0)
+    monkeypatch.setattr(calls.workflow, "train", crash_once_prepared)
     result = invoke("train", *RECIPE, "--output_dir", "runs/a")
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
@@ -195,6 +209,17 @@ def test_an_unexpected_error_leaves_its_traceback_in_the_run_directory(calls, mo
         f"This is not a mistake in your recipe. The traceback is in {Path('runs/a/crash.txt')}.",
     ]
     assert "1 / 0" in Path("runs/a/crash.txt").read_text()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_crash_before_the_run_directory_is_prepared_leaves_it_free(calls, monkeypatch, exists):
+    monkeypatch.setattr(calls.workflow, "train", lambda recipe: 1 / 0)
+    if exists:
+        Path("runs/a").mkdir(parents=True)
+    result = invoke("train", *RECIPE, "--output_dir", "runs/a")
+    assert "The traceback is in tunesmith-crash.txt." in result.stderr
+    assert "1 / 0" in Path("tunesmith-crash.txt").read_text()
+    assert prepare_output_dir("runs/a", overwrite=False) == Path("runs/a")
 
 
 def test_traceback_shows_where_an_error_arose(calls, monkeypatch):
@@ -215,3 +240,14 @@ def test_a_reader_that_leaves_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+def test_a_terminal_without_utf8_shows_question_marks():
+    code = (
+        "import sys, types, tunesmith\n"
+        "tunesmith.workflow = types.SimpleNamespace(env=lambda: print('caf\\xe9') or {})\n"
+        "from tunesmith.cli import main\nsys.argv = ['tunesmith', 'env']\nmain()\n"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, b"caf?", b"")

@@ -91,3 +91,19 @@ def test_the_table_has_no_circle():
         ready = [part for part, below in ALLOWED.items() if part not in order and below <= set(order)]
         assert ready, "the allowed imports go round in a circle"
         order += ready
+
+
+def module_name(path: Path) -> str:
+    return ".".join(["tunesmith", *path.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__")
+
+
+def test_no_two_modules_import_each_other_by_any_way():
+    names = {module_name(path) for path in FILES}
+    below = {name: set() for name in names}
+    for path in FILES:
+        found = imported(ast.parse(path.read_text(encoding="utf-8")))
+        below[module_name(path)] = found & names - {module_name(path), "tunesmith"}
+    while below:
+        ready = {name for name, needs in below.items() if not needs & below.keys()}
+        assert ready, f"these modules import each other in a circle: {sorted(below)}"
+        below = {name: needs for name, needs in below.items() if name not in ready}

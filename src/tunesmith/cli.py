@@ -4,6 +4,7 @@ Nothing here imports torch: each command imports what it runs.
 """
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# --option value is not declared word by word: recipe.py reads it, with the names and types of config.py
+# --option value is not declared word by word: recipe/ reads it, with the names and types of config.py
 ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Recipe = Annotated[str | None, typer.Argument(metavar="RECIPE", help="recipe.yaml; flags alone will do, too")]
@@ -109,9 +110,12 @@ def report(error: BaseException, door: Door) -> int:
 
 
 def crash_file(error: BaseException, door: Door) -> Path:
-    """Write the traceback into the run directory, or here where there is none."""
-    path = Path(door.output_dir) / "crash.txt" if door.output_dir else Path("tunesmith-crash.txt")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write the traceback into the run directory; here where there is none, or none yet.
+
+    A file in a folder that holds no run would bar the next start from it: a run wants an empty one.
+    """
+    run = Path(door.output_dir).expanduser() if door.output_dir else None
+    path = run / "crash.txt" if run and (run / "status.json").is_file() else Path("tunesmith-crash.txt")
     path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     return path
 
@@ -224,6 +228,9 @@ def chat(
 def merge_adapter(
     adapter: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run directory or adapter folder")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for the merged model")],
+    base: Annotated[
+        str | None, typer.Option(help="Base model, where it is not where the adapter's config says")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT holds")] = False,
     show_traceback: Traceback = False,
 ) -> None:
@@ -231,7 +238,7 @@ def merge_adapter(
     with errors_reported(show_traceback):
         from tunesmith.deliver.merge import merge
 
-        merge(adapter, output, overwrite=overwrite)
+        merge(adapter, output, base=base, overwrite=overwrite)
 
 
 @app.command()
@@ -248,4 +255,7 @@ def env(show_traceback: Traceback = False) -> None:
 
 def main() -> None:
     """Run the command line; `console_scripts` and `python -m tunesmith` call it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ?, where strict would raise
     app(prog_name="tunesmith")

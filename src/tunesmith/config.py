@@ -217,5 +217,5 @@ class Recipe:
     training: dict[str, Any]
     """Keyword arguments of `SFTConfig`: tunesmith's and transformers' training options that were given."""
     decoding: DecodingConfig
-    given: dict[str, str] = field(default_factory=dict)
-    """Key → `recipe.yaml:7` or `--key`, for messages."""
+    given: dict[str, str] = field(default_factory=dict, compare=False)
+    """Key → `recipe.yaml:7` or `--key`, for messages. Two recipes are equal wherever their values were found."""

@@ -1,65 +1,19 @@
+"""What may be trained on and in which shape, columns, formats of one's own, duplicates."""
+
 import time
 from pathlib import Path
 
 import pytest
 
-from tunesmith.data.load import Row, RowError, load_rows
-from tunesmith.data.normalize import (
-    FORMATS,
-    count_duplicates,
-    describe_format,
-    detect_format,
-    find_overlap,
-    normalize,
-)
+from tests.data.examples import ALPACA, CALL, HELLO, HI, SYSTEM, example, messages, rows
+from tunesmith.data.detect import detect_format
+from tunesmith.data.load import load_rows
+from tunesmith.data.normalize import count_duplicates, find_overlap, normalize
 from tunesmith.data.report import Report
-from tunesmith.errors import ConfigError, DataError
+from tunesmith.data.rows import RowError
+from tunesmith.errors import ConfigError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
-ALPACA = {"instruction": "Add.", "input": "2+2", "output": "4"}
-HI = {"role": "user", "content": "hi"}
-HELLO = {"role": "assistant", "content": "hello"}
-SYSTEM = {"role": "system", "content": "Be brief."}
-CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-
-
-def example(value, format, **options):
-    made = normalize(Row(value, "a.jsonl", 7), format, **options)
-    assert (made.pop("source"), made.pop("line")) == ("a.jsonl", 7)
-    return made
-
-
-def messages(*turns, **options):
-    return example({"messages": list(turns)}, "messages", **options)["messages"]
-
-
-def rows(*values):
-    return [Row(value, "a.jsonl", line) for line, value in enumerate(values, 1)]
-
-
-# One test case per format: a row and what it means
-
-MEANINGS = {
-    "alpaca": (
-        ALPACA,
-        {"messages": [{"role": "user", "content": "Add.\n2+2"}, {"role": "assistant", "content": "4"}]},
-    ),
-    "sharegpt": (
-        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
-        {"messages": [HI, HELLO]},
-    ),
-    "messages": ({"messages": [SYSTEM, HI, HELLO]}, {"messages": [SYSTEM, HI, HELLO]}),
-    "prompt-completion": ({"prompt": "2+2=", "completion": "4"}, {"prompt": "2+2=", "completion": "4"}),
-    "text": ({"text": "Once."}, {"text": "Once."}),
-}
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_every_format_has_a_meaning_and_is_detected(format):
-    value, meaning = MEANINGS[format]
-    assert example(value, format) == meaning
-    assert detect_format(rows(value, value)) == format
-    assert FORMATS[format].doc
 
 
 def test_normalizing_leaves_the_row_as_it_was():
@@ -69,107 +23,7 @@ def test_normalizing_leaves_the_row_as_it_was():
     assert repr(value) == before
 
 
-# Alpaca
-
-
-@pytest.mark.parametrize(
-    "value", [ALPACA | {"input": ""}, ALPACA | {"input": None}, {"instruction": "Add.", "output": "4"}]
-)
-def test_an_empty_input_adds_nothing_to_the_instruction(value):
-    assert example(value, "alpaca")["messages"][0]["content"] == "Add."
-
-
-def test_alpaca_history_and_system_come_before_the_question():
-    value = ALPACA | {"history": [["a", "b"], ("c", "d")], "system": "Be brief."}
-    turns = example(value, "alpaca")["messages"]
-    assert [turn["role"] for turn in turns] == ["system", *["user", "assistant"] * 3]
-    assert [turn["content"] for turn in turns] == ["Be brief.", "a", "b", "c", "d", "Add.\n2+2", "4"]
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"output": ""}, "empty-answer"),
-        ({"output": " \n"}, "empty-answer"),
-        ({"output": None}, "bad-content"),
-        ({"output": 4}, "bad-content"),
-        ({"input": ["2+2"]}, "bad-content"),
-        ({"instruction": "", "input": ""}, "empty-prompt"),
-        ({"history": ["a", "b"]}, "bad-history"),
-        ({"system": 3}, "bad-content"),
-    ],
-)
-def test_an_alpaca_row_that_cannot_be_used_has_a_reason(change, reason):
-    with pytest.raises(RowError, match=r"^a\.jsonl:7: ") as caught:
-        example(ALPACA | change, "alpaca")
-    assert caught.value.reason == reason
-
-
-# ShareGPT
-
-
-def test_sharegpt_roles_become_the_templates_roles():
-    turns = [("system", "s"), ("human", "h"), ("function_call", "not json"), ("observation", "o"), ("gpt", "g")]
-    value = {"conversations": [{"from": role, "value": content} for role, content in turns]}
-    roles = [turn["role"] for turn in example(value, "sharegpt")["messages"]]
-    assert roles == ["system", "user", "assistant", "tool", "assistant"]
-
-
-def test_a_function_call_becomes_a_tool_call():
-    call = {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}
-    turns = [
-        {"from": "human", "value": "hi"},
-        call,
-        {"from": "observation", "value": "1"},
-        {"from": "gpt", "value": "1"},
-    ]
-    made = example({"conversations": turns}, "sharegpt")["messages"]
-    assert made[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
-
-
-@pytest.mark.parametrize("content", ["not json", '{"name": "f"}', "3", "[]"])
-def test_a_function_call_that_is_no_call_stays_text(content):
-    turns = [{"from": "human", "value": "hi"}, {"from": "function_call", "value": content}]
-    made = example({"conversations": turns}, "sharegpt")["messages"]
-    assert made[1] == {"role": "assistant", "content": content}
-
-
-def test_conversations_may_be_written_as_role_and_content():
-    assert example({"conversations": [HI, HELLO]}, "sharegpt") == {"messages": [HI, HELLO]}
-
-
-def test_the_system_column_comes_first_and_may_repeat_the_system_turn():
-    value = {"conversations": [HI, HELLO], "system": "Be brief."}
-    assert example(value, "sharegpt")["messages"] == [SYSTEM, HI, HELLO]
-    assert example(value | {"conversations": [SYSTEM, HI, HELLO]}, "sharegpt")["messages"] == [SYSTEM, HI, HELLO]
-    with pytest.raises(RowError, match="a 'system' column and a system turn that differ"):
-        example(value | {"conversations": [SYSTEM | {"content": "Rhyme."}, HI, HELLO]}, "sharegpt")
-
-
-@pytest.mark.parametrize(
-    "tools",
-    ['[{"name": "f"}]', [{"name": "f"}], [{"type": "function", "function": {"name": "f"}}]],
-)
-def test_tools_take_one_shape(tools):
-    made = example({"conversations": [HI, HELLO], "tools": tools}, "sharegpt")
-    assert made["tools"] == [{"type": "function", "function": {"name": "f"}}]
-
-
-@pytest.mark.parametrize("tools", ["", " ", "[]", None, []])
-def test_no_tools_leave_no_trace(tools):
-    assert "tools" not in example({"conversations": [HI, HELLO], "tools": tools}, "sharegpt")
-
-
-@pytest.mark.parametrize(
-    ("tools", "message"), [("[{", "not valid JSON"), ("{}x", "not valid JSON"), ('["f"]', "a list")]
-)
-def test_bad_tools_are_named(tools, message):
-    with pytest.raises(RowError, match=f"'tools' is {message}") as caught:
-        example({"messages": [HI, HELLO], "tools": tools}, "messages")
-    assert caught.value.reason == "bad-tools"
-
-
-# Messages
+# Turns
 
 
 def test_text_parts_are_joined():
@@ -262,6 +116,32 @@ def test_an_unknown_role_is_named_with_the_nearest(role, message):
     with pytest.raises(RowError, match=message) as caught:
         messages(HI, HELLO | {"role": role})
     assert caught.value.reason == "unknown-role"
+
+
+# Tools
+
+
+@pytest.mark.parametrize(
+    "tools",
+    ['[{"name": "f"}]', [{"name": "f"}], [{"type": "function", "function": {"name": "f"}}]],
+)
+def test_tools_take_one_shape(tools):
+    made = example({"conversations": [HI, HELLO], "tools": tools}, "sharegpt")
+    assert made["tools"] == [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize("tools", ["", " ", "[]", None, []])
+def test_no_tools_leave_no_trace(tools):
+    assert "tools" not in example({"conversations": [HI, HELLO], "tools": tools}, "sharegpt")
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"), [("[{", "not valid JSON"), ("{}x", "not valid JSON"), ('["f"]', "a list")]
+)
+def test_bad_tools_are_named(tools, message):
+    with pytest.raises(RowError, match=f"'tools' is {message}") as caught:
+        example({"messages": [HI, HELLO], "tools": tools}, "messages")
+    assert caught.value.reason == "bad-tools"
 
 
 # The policy on turns
@@ -365,14 +245,6 @@ def test_rows_with_images_are_not_trained_on_as_text():
 # Columns
 
 
-def test_a_missing_column_is_named_with_those_present_and_the_nearest():
-    with pytest.raises(
-        RowError, match=r"no column 'output'; the row has instruction, ouput\. Did you mean 'ouput'\?"
-    ) as caught:
-        example({"instruction": "a", "ouput": "b"}, "alpaca")
-    assert caught.value.reason == "missing-column"
-
-
 def test_columns_rename_before_the_format_reads():
     value = {"question": "Add.", "output": "wrong", "answer": "4"}
     columns = {"instruction": "question", "output": "answer"}
@@ -416,50 +288,6 @@ def test_what_ones_own_format_returns_is_checked(tmp_path):
         example({}, f"{tmp_path}/mine.py:nothing")
     with pytest.raises(RowError, match="there is no assistant turn"):
         example(HI, f"{tmp_path}/mine.py:bad")
-
-
-# Detection
-
-
-def test_of_several_formats_the_first_in_the_table_is_taken():
-    assert detect_format(rows(ALPACA | {"text": "both"})) == "alpaca"
-    assert detect_format(rows({"prompt": "x", "completion": "y", "messages": [HI, HELLO]})) == "messages"
-
-
-def test_mixed_formats_are_named_with_two_lines():
-    with pytest.raises(DataError, match=r"different formats: a\.jsonl:1 is text, a\.jsonl:3 is alpaca\."):
-        detect_format(rows({"text": "x"}, {"text": "y"}, ALPACA))
-
-
-def test_a_row_without_a_format_is_left_to_normalize():
-    assert detect_format(rows({"txet": "x"}, {"text": "y"})) == "text"
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (
-            {"mesages": []},
-            r"mesages\. The closest is messages .*Did you mean 'messages'.*{messages: mesages}",
-        ),
-        (
-            {"instrution": "", "output": ""},
-            r".*closest is alpaca .*Set columns: {instruction: instrution}, or set format:",
-        ),
-        ({"question": "", "answer": ""}, r".*Set columns: {\w+: question, \w+: answer}"),
-        ({"foo": "", "bar": ""}, r"foo, bar\. Known: messages \(messages\); .*file\.py:function"),
-        ({}, r"none\. Known: "),
-        ({"prompt": "", "chosen": "", "rejected": ""}, r".*preference pairs, and stage sft"),
-    ],
-)
-def test_rows_of_no_format_are_named_with_the_closest_one(value, message):
-    with pytest.raises(DataError, match=rf"^a\.jsonl:1: no known format has the columns {message}"):
-        detect_format(rows(value))
-
-
-def test_the_format_is_described_with_what_it_reads_and_what_not():
-    described = describe_format("alpaca", Row(ALPACA | {"id": 3, "\x1b": 1}, "a.json", 1))
-    assert described == "format: alpaca (columns instruction, input, output; not read: id, \\x1b)"
 
 
 # The same example twice

@@ -4,8 +4,8 @@ import pytest
 
 from tests import tiny
 from tests.templates import CHATML, GEMMA, MISTRAL
-from tunesmith.data.normalize import RowError
 from tunesmith.data.render import drop_oldest_turns, render
+from tunesmith.data.rows import RowError
 from tunesmith.errors import TemplateError
 
 HI = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]

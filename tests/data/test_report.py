@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from tunesmith.data.load import Row
 from tunesmith.data.report import Bin, Report, draw, histogram, place, preview, visible
+from tunesmith.data.rows import Row
 from tunesmith.errors import DataError
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")

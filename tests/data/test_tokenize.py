@@ -7,8 +7,8 @@ from transformers import ByT5Tokenizer
 
 from tests import tiny
 from tests.data.chats import CONTROL, PAIRS, SPACES, WORDS, answer, chats, family_of
-from tunesmith.data.normalize import RowError
 from tunesmith.data.render import Rendered, Span, control_tokens, render
+from tunesmith.data.rows import RowError
 from tunesmith.data.tokenize import IGNORE_INDEX, tokenize, truncate
 
 pairs = pytest.mark.parametrize("pair", PAIRS)

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 import datasets
 
 from tunesmith.data import IGNORE_INDEX
-from tunesmith.data.load import Row, RowError
-from tunesmith.data.normalize import Example, count_duplicates, describe_format, detect_format, normalize
+from tunesmith.data.detect import describe_format, detect_format
+from tunesmith.data.normalize import Example, count_duplicates, normalize
 from tunesmith.data.render import Rendered, drop_oldest_turns, render
 from tunesmith.data.report import Report
+from tunesmith.data.rows import Row, RowError
 from tunesmith.data.tokenize import Tokens, tokenize, truncate
 from tunesmith.errors import DataError, TemplateError
 

@@ -16,7 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from tunesmith.data.normalize import RowError
+from tunesmith.data.rows import RowError
 from tunesmith.errors import TemplateError
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 from weakref import WeakKeyDictionary
 
 from tunesmith.data import IGNORE_INDEX
-from tunesmith.data.normalize import RowError
 from tunesmith.data.render import Rendered, Span, control_tokens
+from tunesmith.data.rows import RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

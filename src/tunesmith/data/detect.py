@@ -1,0 +1,110 @@
+"""Rows → the name of their format, or a sentence that names the closest one and what to rename."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import SequenceMatcher
+from typing import Any
+
+from tunesmith.data.formats import FORMATS, Format, columns_of, renamed
+from tunesmith.data.report import place, visible
+from tunesmith.data.rows import Row
+from tunesmith.errors import DataError
+from tunesmith.lookup import did_you_mean
+
+# Names that other data gives to our columns, for suggestions only.
+NICKNAMES: dict[str, tuple[str, ...]] = {
+    "instruction": ("question", "query", "prompt", "user"),
+    "output": ("answer", "response", "completion", "target", "assistant"),
+    "prompt": ("question", "query", "instruction", "source", "user"),
+    "completion": ("answer", "response", "output", "target", "assistant"),
+    "messages": ("conversation", "conversations", "dialog", "dialogue", "chat", "turns"),
+    "conversations": ("conversation",),
+    "text": ("content", "document", "body"),
+}
+
+
+def detect_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> str:
+    """The name of the format whose columns the rows have; `columns` as in `normalize`.
+
+    A row that has the columns of no format does not change the answer: `normalize` says what it lacks.
+
+    Raises: DataError if rows have different formats, or no row has the columns of any.
+    """
+    seen: dict[str, Row] = {}
+    names: dict[tuple[str, ...], str | None] = {}
+    for row in rows:
+        keys = tuple(row.value)
+        if keys not in names:
+            names[keys] = _format_of(renamed(row.value, columns) if columns else row.value)
+            if (name := names[keys]) is not None:
+                seen.setdefault(name, row)
+    if len(seen) > 1:
+        (one, row), (other, other_row) = list(seen.items())[:2]
+        raise DataError(
+            f"the rows have different formats: {place(row.source, row.line)} is {one}, "
+            f"{place(other_row.source, other_row.line)} is {other}. Train on one format at a time, or convert one."
+        )
+    if not seen:
+        raise DataError(_no_format(rows[0], columns) if rows else "there are no rows to detect a format from.")
+    return next(iter(seen))
+
+
+def _format_of(value: Mapping[str, Any]) -> str | None:
+    if {"chosen", "rejected"} <= value.keys():
+        return None
+    return next((name for name, format in FORMATS.items() if all(c in value for c in format.columns)), None)
+
+
+def _no_format(row: Row, columns: Mapping[str, str] | None) -> str:
+    value = renamed(row.value, columns) if columns else row.value
+    present = [str(key) for key in value]
+    found = f"{place(row.source, row.line)}: no known format has the columns {columns_of(value)}"
+    choose = f"set format: to one of {_names(FORMATS)} or to file.py:function"
+    if {"chosen", "rejected"} <= value.keys():
+        return f"{found}: these are preference pairs, and stage sft trains on single answers. To use a part, {choose}."
+    if not any(_guess(ours, present) for format in FORMATS.values() for ours in format.columns):
+        known = "; ".join(f"{name} ({_names(format.columns)})" for name, format in FORMATS.items())
+        return f"{found}. Known: {known}. Name yours in columns: {{prompt: ..., completion: ...}}, or {choose}."
+    nearest = max(FORMATS, key=lambda name: _nearness(FORMATS[name], present))
+    guesses = {ours: _guess(ours, present) for ours in FORMATS[nearest].columns if ours not in present}
+    renames = ", ".join(f"{ours}: {visible(theirs or '...', 40)}" for ours, theirs in guesses.items())
+    wanted = _names(FORMATS[nearest].columns)
+    hint = "".join(did_you_mean(theirs, [ours]) for ours, theirs in guesses.items() if theirs)
+    return f"{found}. The closest is {nearest} ({wanted}).{hint} Set columns: {{{renames}}}, or {choose}."
+
+
+def _nearness(format: Format, present: Sequence[str]) -> float:
+    return sum(_similarity(ours, _guess(ours, present)) for ours in format.columns) / len(format.columns)
+
+
+def _guess(ours: str, present: Sequence[str]) -> str | None:
+    """The column that most likely is ours, if any comes near."""
+    best = max(present, key=lambda theirs: _similarity(ours, theirs), default=None)
+    return best if best is not None and _similarity(ours, best) >= 0.6 else None
+
+
+def _similarity(ours: str, theirs: str | None) -> float:
+    if theirs is None:
+        return 0.0
+    if theirs.lower() in NICKNAMES.get(ours, ()):
+        return 0.8
+    return SequenceMatcher(None, ours, theirs.lower()).ratio()
+
+
+def describe_format(format: str, row: Row, columns: Mapping[str, str] | None = None) -> str:
+    """A line for the report: the format, the columns of `row` that it reads, and those that it does not.
+
+    >>> describe_format("text", Row({"text": "a", "id": 1}, "a.jsonl", 1))
+    'format: text (column text; not read: id)'
+    """
+    present = list(renamed(row.value, columns) if columns else row.value)
+    if format not in FORMATS:
+        return f"format: {visible(format)}"
+    known = (*FORMATS[format].columns, *FORMATS[format].optional)
+    read = [name for name in present if name in known]
+    rest = [name for name in present if name not in known]
+    unread = f"; not read: {_names(rest[:12])}" if rest else ""
+    return f"format: {format} ({'column' if len(read) == 1 else 'columns'} {_names(read)}{unread})"
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(visible(name, 40) for name in names)

@@ -1,0 +1,351 @@
+"""A file of any known type becomes rows, each with its line; in place of a row that cannot be read, a RowError.
+
+The reading is our own: it accepts what is harmless (BOM, CRLF, blank lines) and names the line of everything else.
+"""
+
+import csv
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tunesmith.data.report import place, visible
+from tunesmith.data.rows import Row, RowError
+from tunesmith.errors import DataError
+
+# JSON ------------------------------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: str) -> Iterator[Row | RowError]:
+    """One JSON object per line; blank lines are skipped."""
+    for number, raw in _lines(path):
+        if not raw.isspace() and raw:
+            yield _json_row(path, number, raw.rstrip(b"\r\n"))
+
+
+def _json_row(path: str, line: int, raw: bytes) -> Row | RowError:
+    try:
+        text = _decode(raw, path, line)
+    except RowError as error:
+        return error
+    try:
+        return Row(_object(STRICT.decode(text), SUSPICIOUS_ESCAPE.search(text) is not None), path, line)
+    except RowError as error:
+        if error.reason == "not-an-object" and text.lstrip().startswith("[") and path.lower().endswith(".jsonl"):
+            error = RowError(f"{error} A file that is one JSON array must be named .json.", error.reason)
+        return error.at_line(path, line)
+    except json.JSONDecodeError as error:
+        return RowError(f"{_syntax(error)}. {_line_hint(text, error)}", "bad-json").at_line(path, line)
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
+        return RowError(f"not readable as JSON: {visible(str(error), 60)}. Simplify it.", "bad-json").at_line(
+            path, line
+        )
+
+
+def _syntax(error: json.JSONDecodeError) -> str:
+    start = max(0, error.pos - 30)
+    excerpt = visible(error.doc[start : error.pos + 30].strip(), 60)
+    return f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}: '{excerpt}'"
+
+
+def _line_hint(text: str, error: json.JSONDecodeError) -> str:
+    if text.strip() in ("{", "["):
+        return (
+            "One object per line is expected and this file's go over several: convert it with jq -c, or name it .json."
+        )
+    if text.lstrip().startswith("["):
+        return "A file that is one JSON array must be named .json."
+    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
+        return "The line ends too early. Was the file cut off, or does an object go over several lines (see jq -c)?"
+    if re.match(r"\s*\{\s*'", text):
+        return "JSON wants double quotes; write the file with json.dumps, not with str."
+    return 'Each line must be one JSON object, such as {"prompt": "...", "completion": "..."}.'
+
+
+def read_json(path: str) -> Iterator[Row | RowError]:
+    """A JSON array of objects; or, as many programs write `.json`, one object per line."""
+    raw = _without_bom(path, Path(path).read_bytes())
+    if not raw.lstrip().startswith(b"["):
+        if raw.lstrip().startswith(b"{") and len(raw.lstrip().splitlines()[0].strip()) == 1:
+            raise DataError(
+                f"{path} is one JSON object over several lines; expected an array of rows, or one object per line. "
+                f"If the rows stand under a key, take them out: jq .KEY {visible(os.path.basename(path))}"
+            )
+        yield from read_jsonl(path)
+        return
+    yield from _array_rows(path, _decode_file(raw, path))
+
+
+def _decode_file(raw: bytes, path: str) -> str:
+    """The text of a whole file. Only if something is wrong with it is it taken line by line, to name the line."""
+    if b"\0" not in raw:
+        with suppress(UnicodeDecodeError):
+            return raw.decode("utf-8")
+    return "\n".join(_decode(line, path, number) for number, line in enumerate(raw.split(b"\n"), 1))
+
+
+def _array_rows(path: str, text: str) -> Iterator[Row | RowError]:
+    """Elements one by one, so that each has a number. After a syntax error nothing more can be found: it is raised."""
+    suspicious = SUSPICIOUS_ESCAPE.search(text) is not None
+    number, end = 0, BLANK.match(text, text.index("[") + 1).end()
+    closed = text[end : end + 1] == "]"
+    end += closed
+    while not closed:
+        number += 1
+        item, end = _element(path, text, end, number, suspicious)
+        yield item
+        separator = SEPARATOR.match(text, end)
+        if separator is None:
+            raise _array_error(path, json.JSONDecodeError("Expecting ',' or ']'", text, end), number)
+        end, closed = separator.end(), separator[1] == "]"
+    end = BLANK.match(text, end).end()
+    if end < len(text):
+        raise _array_error(path, json.JSONDecodeError("Extra data after the array", text, end), number)
+
+
+def _element(path: str, text: str, start: int, number: int, suspicious: bool) -> tuple[Row | RowError, int]:
+    """One element of the array and where it ends."""
+    try:
+        try:
+            value, end = STRICT.raw_decode(text, start)
+            return Row(_object(value, suspicious), path, number), end
+        except RowError as error:  # well-formed but refused: its end is found without the hooks
+            return error.at(path, number), LENIENT.raw_decode(text, start)[1]
+    except json.JSONDecodeError as error:
+        raise _array_error(path, error, number) from None
+    except (RecursionError, ValueError) as error:
+        what = f"not readable as JSON: {visible(str(error), 60)}. Simplify it."
+        raise RowError(what, "bad-json").at(path, number) from None
+
+
+def _array_error(path: str, error: json.JSONDecodeError, number: int) -> RowError:
+    hint = (
+        "Was the file cut off while it was written?"
+        if error.pos >= len(error.doc.rstrip())
+        else "Mend the file there."
+    )
+    return RowError(f"{path}:{error.lineno}: {_syntax(error)} (row {number}). {hint}", "bad-json", path, number)
+
+
+# Values of JSON ----------------------------------------------------------------------------------------------------
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RowError(
+            f"the key '{visible(twice, 40)}' is given twice in one object. Keep one of them.", "duplicate-key"
+        )
+    return value
+
+
+def _no_constant(name: str) -> float:
+    raise RowError(f"{name} is not JSON. Write null or a number, or leave the row out.", "not-finite")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise RowError(f"the number {visible(digits, 20)} is too large. Write one that a float holds.", "not-finite")
+    return value
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
+LENIENT = json.JSONDecoder()
+SUSPICIOUS_ESCAPE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+SEPARATOR = re.compile(r"[ \t\n\r]*([,\]])[ \t\n\r]*")
+BLANK = re.compile(r"[ \t\n\r]*")
+
+
+def _object(value: Any, suspicious: bool) -> dict[str, Any]:
+    """`value` if it is an object whose strings can be written as UTF-8; `suspicious` texts are looked through."""
+    if not isinstance(value, dict):
+        kind = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}.get(
+            type(value), "a number"
+        )
+        raise RowError(f"the row is {kind}, not an object. Write {{column: value, ...}}.", "not-an-object")
+    for text in _strings(value) if suspicious else ():
+        if found := LONE_SURROGATE.search(text):
+            escape = f"\\u{ord(found[0]):04x}"
+            what = f"lone surrogate {escape} in '{visible(text, 40)}': half of a character"
+            raise RowError(f"{what}. Write the whole character, or remove the half.", "lone-surrogate")
+        if "\0" in text:
+            raise RowError(f"NUL character in '{visible(text, 40)}'. Remove it; text has none.", "nul-byte")
+    return value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+# CSV, text, parquet ------------------------------------------------------------------------------------------------
+
+
+def read_csv(path: str) -> Iterator[Row | RowError]:
+    """Comma-separated values under a header; every value is a string."""
+    limit = csv.field_size_limit(2**31 - 1)  # the module's own limit, 131,072 characters, is less than a long document
+    try:
+        lines = _TextLines(path)
+        reader = csv.reader(lines, strict=True)
+        header = _header(path, reader, lines)
+        while True:
+            line = lines.number + 1
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except RowError as error:
+                yield error
+            except csv.Error as error:
+                yield RowError(f"not valid CSV: {error}. Double the quotes inside a field.", "bad-csv").at(path, line)
+            else:
+                if fields:
+                    yield _csv_row(path, line, header, fields)
+    finally:
+        csv.field_size_limit(limit)
+
+
+class _TextLines:
+    """Decoded lines for the csv module. An iterator class, because a generator would end at its first bad line."""
+
+    def __init__(self, path: str):
+        self.path, self.lines, self.number = path, _lines(path), 0
+
+    def __iter__(self) -> "_TextLines":
+        return self
+
+    def __next__(self) -> str:
+        self.number, raw = next(self.lines)
+        return _decode(raw, self.path, self.number)
+
+
+def _header(path: str, reader: Iterator[list[str]], lines: _TextLines) -> list[str]:
+    header = next((fields for fields in reader if fields), [])
+    at = place(path, lines.number)
+    if len(header) == 1 and (found := re.search(r"[;\t|]", header[0])):
+        raise DataError(f"{at}: the columns are separated by {visible(found[0])!r}; write the file with commas.")
+    for number, name in enumerate(header, 1):
+        if not name.strip():
+            raise DataError(f"{at}: column {number} of the header has no name. Name it, or remove the column.")
+        if name in header[: number - 1]:
+            raise DataError(f"{at}: the header names column '{visible(name, 40)}' twice. Rename one of them.")
+    return header
+
+
+def _csv_row(path: str, line: int, header: list[str], fields: list[str]) -> Row | RowError:
+    if len(fields) != len(header):
+        what = f"{len(fields)} fields where the header has {len(header)} ({visible(', '.join(header), 60)})"
+        return RowError(f"{what}. Put fields that hold a comma in double quotes.", "ragged-row").at(path, line)
+    return Row(dict(zip(header, fields)), path, line)
+
+
+def read_txt(path: str) -> Iterator[Row | RowError]:
+    """One row per line; lines of white space are skipped."""
+    for number, raw in _lines(path):
+        try:
+            text = _decode(raw, path, number).removesuffix("\n").removesuffix("\r")
+        except RowError as error:
+            yield error
+        else:
+            if text.strip():
+                yield Row({"text": text}, path, number)
+
+
+def read_parquet(path: str) -> Iterator[Row | RowError]:
+    """Rows of a Parquet file, read a batch at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(value, path, number)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        what = visible(str(error), 120).rstrip(".")
+        raise DataError(
+            f"{path}: not readable as Parquet after row {number}: {what}. Write the file again."
+        ) from error
+
+
+READERS: dict[str, Callable[[str], Iterator[Row | RowError]]] = {
+    ".json": read_json,
+    ".jsonl": read_jsonl,
+    ".csv": read_csv,
+    ".parquet": read_parquet,
+    ".txt": read_txt,
+}
+
+
+# Lines and characters --------------------------------------------------------------------------------------------
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Line numbers and lines. Only a line feed ends a line: U+2028 and the like may stand inside a text."""
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            yield number, _without_bom(path, raw) if number == 1 else raw
+
+
+def _without_bom(path: str, raw: bytes) -> bytes:
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path} is UTF-16, not UTF-8. {_convert('UTF-16', path)}")
+    return raw.removeprefix(b"\xef\xbb\xbf")
+
+
+def _decode(raw: bytes, path: str, line: int) -> str:
+    """The text of one line; RowError with its place if it holds a NUL byte or is not UTF-8."""
+    if b"\0" in raw:
+        column = raw.index(b"\0") + 1
+        hint = _convert("UTF-16", path) if raw.count(b"\0") > len(raw) // 4 else "Remove it; text has none."
+        raise RowError(f"NUL byte at byte {column} of the line. {hint}", "nul-byte").at_line(path, line)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(raw, error, path).at_line(path, line) from None
+
+
+def _not_utf8(raw: bytes, error: UnicodeDecodeError, path: str) -> RowError:
+    encoding = _likely_encoding(raw)
+    before = visible(raw[max(0, error.start - 30) : error.start].decode("utf-8", "replace"), 30)
+    after = f", after '{before}'" if before else ""
+    what = f"not UTF-8: byte 0x{raw[error.start]:02X} at byte {error.start + 1} of the line{after}"
+    return RowError(f"{what}. It decodes as {encoding}. {_convert(encoding, path)}", "not-utf-8")
+
+
+def _likely_encoding(raw: bytes) -> str:
+    """GBK writes a Chinese character as two bytes, so its high bytes come in runs; Latin-1's stand alone."""
+    high_runs = re.findall(rb"[\x80-\xff]+", raw)
+    in_pairs = sum(len(run) for run in high_runs if len(run) > 1)
+    if 2 * in_pairs > sum(map(len, high_runs)):
+        return next((name for name in ("GBK", "GB18030") if _decodes(raw, name)), "LATIN1")
+    return "LATIN1"
+
+
+def _decodes(raw: bytes, encoding: str) -> bool:
+    try:
+        raw.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _convert(encoding: str, path: str) -> str:
+    return f"Convert it with iconv -f {encoding} -t UTF-8 {visible(os.path.basename(path))}"

@@ -1,0 +1,155 @@
+"""A recipe file, a dict and command-line words → `Given`s, each with its line or flag. Nothing is converted yet."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tunesmith.config import ALIASES
+from tunesmith.errors import ConfigError
+from tunesmith.lookup import did_you_mean
+from tunesmith.recipe.given import FILE, FLAG, PYTHON, Given, Problems
+from tunesmith.recipe.schema import kinds, options, takes, wanted
+from tunesmith.recipe.yaml12 import Loader, repeated, scalar
+
+
+def read_file(path: Path, problems: Problems) -> list[Given]:
+    """The keys of a recipe file, with their lines."""
+    reader = READERS.get(path.suffix.lower())
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        siblings = [str(p) for p in path.parent.glob("*") if p.suffix in READERS] if path.parent.is_dir() else []
+        raise ConfigError(f"the recipe {path} {what}.{did_you_mean(str(path), siblings)}")
+    if reader is None:
+        raise ConfigError(f"{path}: a recipe's name ends in {', '.join(READERS)}.")
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: the file is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
+    return reader(text, path, problems)
+
+
+def read_yaml(text: str, path: Path, problems: Problems) -> list[Given]:
+    """The keys of a YAML recipe; duplicates become problems that name both lines."""
+    try:
+        loader = Loader(text)
+        node = mapping_node(loader.get_single_node(), path)
+        found = [
+            Given(
+                str(key.value),
+                loader.construct_object(value, deep=True),
+                f"{path}:{key.start_mark.line + 1}",
+                FILE,
+                key.start_mark.line + 1,
+                value.value if isinstance(value, yaml.ScalarNode) and value.style is None else None,
+            )
+            for key, value in node.value
+        ]
+    except yaml.YAMLError as error:
+        raise yaml_error(error, text, path) from error
+    return without_repeats(found, node, problems)
+
+
+def read_json(text: str, path: Path, problems: Problems) -> list[Given]:
+    """The keys of a JSON recipe. Lines come from the YAML reader, values from the JSON one."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno}).") from error
+    # JSON is YAML once tabs between its tokens are spaces; inside its strings tabs cannot stand
+    node = mapping_node(Loader(text.replace("\t", " ")).get_single_node(), path)
+    lines = [(key.value, key.start_mark.line + 1) for key, _ in node.value]
+    found = [Given(key, values[key], f"{path}:{line}", FILE, line) for key, line in lines]
+    return without_repeats(found, node, problems)
+
+
+READERS: dict[str, Callable[[str, Path, Problems], list[Given]]] = {
+    ".yaml": read_yaml,
+    ".yml": read_yaml,
+    ".json": read_json,
+}
+
+
+def mapping_node(node: yaml.Node | None, path: Path) -> yaml.MappingNode:
+    """The top of the document, which must be `key: value` lines."""
+    if node is None:
+        raise ConfigError(f"{path} is empty. Write at least model_name_or_path and dataset.")
+    if not isinstance(node, yaml.MappingNode):
+        kind = "a list" if isinstance(node, yaml.SequenceNode) else "plain text"
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: expected `key: value` lines, found {kind}.")
+    return node
+
+
+def without_repeats(found: list[Given], node: yaml.MappingNode, problems: Problems) -> list[Given]:
+    """`found` with each key once; the second of two is reported with both lines."""
+    again = {mark.line + 1: (key, first) for key, first, mark in repeated(node)}
+    for item in found:
+        if item.line in again and again[item.line][0] == item.spelled:
+            key, first = again[item.line]
+            problems.add(item, f"{item.where}: key '{key}' is on line {first} and again on line {item.line}.", key)
+    return list({item.spelled: item for item in reversed(found)}.values())[::-1]
+
+
+def yaml_error(error: yaml.YAMLError, text: str, path: Path) -> ConfigError:
+    """What the YAML parser says, in one sentence with the line."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    if mark is None:  # ReaderError: a control character
+        line = text.count("\n", 0, getattr(error, "position", 0)) + 1
+        return ConfigError(f"{path}:{line}: not valid YAML ({getattr(error, 'reason', error)}).")
+    bad_line = text.splitlines()[mark.line] if mark.line < len(text.splitlines()) else ""
+    if "\t" in bad_line[: len(bad_line) - len(bad_line.lstrip())] or "'\\t'" in str(error):
+        return ConfigError(f"{path}:{mark.line + 1}: a tab stands where YAML wants spaces. Replace it with spaces.")
+    return ConfigError(f"{path}:{mark.line + 1}: not valid YAML ({getattr(error, 'problem', error)}).")
+
+
+def read_mapping(values: Mapping[str, Any]) -> list[Given]:
+    """Python keywords, or a recipe given as a dict."""
+    return [Given(str(key), value, f"argument {key}", PYTHON) for key, value in values.items()]
+
+
+def read_flags(words: list[str], problems: Problems) -> list[Given]:
+    """Command-line words: `--key value`, `--key=value`, `--key` and `--no-key` for yes and no, `--key a b`."""
+    found: list[Given] = []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        flag, equals, attached = word.partition("=")
+        end = position + 1
+        while not equals and end < len(words) and not words[end].startswith("--"):
+            end += 1
+        values = [attached] if equals else words[position + 1 : end]
+        stray = Given(word, None, word, FLAG, position)
+        if not word.startswith("--"):
+            problems.add(stray, f"'{word}' is not a flag. The recipe comes first, then --option value.")
+        else:
+            found += read_flag(flag, values, position, problems)
+        position = end
+    return found
+
+
+def read_flag(flag: str, values: list[str], position: int, problems: Problems) -> list[Given]:
+    """One flag with the words after it."""
+    key = flag[2:].replace("-", "_")
+    if len(values) == 1:
+        return [Given(key, scalar(values[0]), flag, FLAG, position, values[0])]
+    option = options().get(ALIASES.get(key, key))
+    item = Given(key, values, flag, FLAG, position)
+    if not values:
+        positive = options().get(ALIASES.get(key[3:], key[3:])) if key.startswith("no_") else None
+        if option is None and positive is not None and bool in kinds(positive.annotation):
+            return [item._replace(spelled=key[3:], value=False)]
+        if option is None or bool in kinds(option.annotation):
+            return [item._replace(value=True)]
+        problems.add(item, f"{flag}: expected {wanted(option.annotation)} after it, found nothing.", option.name)
+        return []
+    if option is not None and not takes(option.annotation, list):
+        extra = " ".join(values)
+        problems.add(
+            item, f"{flag} takes one value, got '{extra}'. The recipe comes first, then --option value.", option.name
+        )
+        return []
+    return [item]

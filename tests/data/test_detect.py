@@ -1,0 +1,49 @@
+"""Which format rows have, and what to do where they have none."""
+
+import pytest
+
+from tests.data.examples import ALPACA, HELLO, HI, rows
+from tunesmith.data.detect import describe_format, detect_format
+from tunesmith.data.rows import Row
+from tunesmith.errors import DataError
+
+
+def test_of_several_formats_the_first_in_the_table_is_taken():
+    assert detect_format(rows(ALPACA | {"text": "both"})) == "alpaca"
+    assert detect_format(rows({"prompt": "x", "completion": "y", "messages": [HI, HELLO]})) == "messages"
+
+
+def test_mixed_formats_are_named_with_two_lines():
+    with pytest.raises(DataError, match=r"different formats: a\.jsonl:1 is text, a\.jsonl:3 is alpaca\."):
+        detect_format(rows({"text": "x"}, {"text": "y"}, ALPACA))
+
+
+def test_a_row_without_a_format_is_left_to_normalize():
+    assert detect_format(rows({"txet": "x"}, {"text": "y"})) == "text"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            {"mesages": []},
+            r"mesages\. The closest is messages .*Did you mean 'messages'.*{messages: mesages}",
+        ),
+        (
+            {"instrution": "", "output": ""},
+            r".*closest is alpaca .*Set columns: {instruction: instrution}, or set format:",
+        ),
+        ({"question": "", "answer": ""}, r".*Set columns: {\w+: question, \w+: answer}"),
+        ({"foo": "", "bar": ""}, r"foo, bar\. Known: messages \(messages\); .*file\.py:function"),
+        ({}, r"none\. Known: "),
+        ({"prompt": "", "chosen": "", "rejected": ""}, r".*preference pairs, and stage sft"),
+    ],
+)
+def test_rows_of_no_format_are_named_with_the_closest_one(value, message):
+    with pytest.raises(DataError, match=rf"^a\.jsonl:1: no known format has the columns {message}"):
+        detect_format(rows(value))
+
+
+def test_the_format_is_described_with_what_it_reads_and_what_not():
+    described = describe_format("alpaca", Row(ALPACA | {"id": 3, "\x1b": 1}, "a.json", 1))
+    assert described == "format: alpaca (columns instruction, input, output; not read: id, \\x1b)"

@@ -1,0 +1,103 @@
+"""Files, dicts and flags become the same values; what cannot be read is named with its line."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.recipe.wrong import BASE, NEEDED, message
+from tunesmith.recipe import load_recipe
+
+
+def test_yaml_json_dict_and_flags_give_the_same_recipe(recipe_file):
+    values = {**NEEDED, "learning_rate": 1e-4, "lora_target_modules": ["q_proj", "v_proj"], "packing": True, "seed": 7}
+    flags = "--model m --dataset d.jsonl --learning-rate 1e-4 --lora_target_modules q_proj,v_proj --packing --seed=7"
+    found = [
+        load_recipe(recipe_file(yaml.safe_dump(values))),
+        load_recipe(recipe_file(json.dumps(values, indent="\t"), "recipe.json")),
+        load_recipe(values),
+        load_recipe(None, values),
+        load_recipe(flags=flags.split()),
+    ]
+    assert all(recipe == found[0] for recipe in found)
+    assert found[0].training == {"learning_rate": 1e-4, "packing": True, "seed": 7}
+
+
+def test_a_key_that_stands_twice_is_an_error_with_both_lines(recipe_file):
+    assert message(recipe_file(BASE + "seed: 1\nlora_r: 8\nseed: 1\n")) == (
+        "recipe.yaml:5: key 'seed' is on line 3 and again on line 5."
+    )
+    assert "recipe.yaml:5: not valid YAML (key 'a' is on line 4 and again)" in message(
+        recipe_file(BASE + "columns:\n  a: b\n  a: c\n")
+    )
+    assert "recipe.json:3: key 'seed'" in message(recipe_file('{"seed": 1,\n"lora_r": 2,\n"seed": 1}', "recipe.json"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "recipe.yaml is empty"),
+        ("# nothing\n", "recipe.yaml is empty"),
+        ("- a\n- b\n", "recipe.yaml:1: expected `key: value` lines, found a list."),
+        ("just words\n", "recipe.yaml:1: expected `key: value` lines, found plain text."),
+        (BASE + "columns:\n\ta: b\n", "recipe.yaml:4: a tab stands where YAML wants spaces"),
+        (BASE + "seed: [1\nlora_r: 2\n", "recipe.yaml:4: not valid YAML"),
+        (BASE + "seed: !!python/object:os.system 1\n", "recipe.yaml:3: not valid YAML"),
+        (b"model: m\ndataset: caf\xe9\n", "recipe.yaml:2: the file is not UTF-8 text"),
+        (BASE + "run_name: a\x00b\n", "recipe.yaml:3: not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_an_error_with_its_line(recipe_file, text, expected):
+    assert expected in message(recipe_file(text))
+
+
+def test_broken_json_is_an_error_with_its_line(recipe_file):
+    assert "recipe.json:2: not valid JSON" in message(recipe_file('{"seed": 1,\n"lora_r" 2}', "recipe.json"))
+
+
+def test_a_recipe_that_does_not_exist_names_the_nearest(recipe_file):
+    recipe_file(BASE)
+    assert message("recpe.yaml") == "the recipe recpe.yaml does not exist. Did you mean 'recipe.yaml'?"
+    assert "is a folder" in message(Path.cwd())
+    assert "ends in .yaml, .yml, .json" in message(recipe_file(BASE, "recipe.toml"))
+
+
+# ---- flags
+
+
+def test_the_order_of_flags_does_not_matter():
+    words = [
+        ["--model", "m"],
+        ["--dataset", "d"],
+        ["--packing"],
+        ["--max_steps", "-1"],
+        ["--no-bf16"],
+        ["--columns", "{a: b}"],
+    ]
+    recipes = [load_recipe(flags=[*itertools.chain(*order)]) for order in (words, words[::-1])]
+    assert recipes[0] == recipes[1]
+    assert recipes[0].training == {"packing": True, "max_steps": -1, "bf16": False}
+    assert recipes[0].data.columns == {"a": "b"}
+
+
+def test_a_flag_takes_several_words_where_a_list_fits():
+    assert load_recipe(flags=["--model", "m", "--dataset", "a.jsonl", "b.jsonl"]).data.dataset == [
+        "a.jsonl",
+        "b.jsonl",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--lora_r", "--lora_r: expected a whole number after it, found nothing."),
+        ("--seed 1 --seed 2", "--seed is given twice, as 1 and as 2."),
+        ("--seed 1 other.yaml", "--seed takes one value, got '1 other.yaml'. The recipe comes first"),
+        ("stray --seed 1", "'stray' is not a flag."),
+        ("--no-lora_r", "unknown flag '--no-lora_r'."),
+    ],
+)
+def test_wrong_flags_are_named(flags, expected):
+    assert expected in message(NEEDED, flags=flags.split())
