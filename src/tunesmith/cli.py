@@ -5,11 +5,14 @@ Nothing here imports torch: each command imports what it runs.
 
 import contextlib
 import io
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -127,6 +130,22 @@ def recipe_and_flags(recipe: str | None, ctx: typer.Context) -> tuple[str | None
     return recipe, list(ctx.args)
 
 
+def quiet_workflow() -> ModuleType:
+    """The workflow, with the terminal left to it: other libraries' bars and hints go, their errors stay."""
+    import datasets
+    import transformers
+
+    from tunesmith import workflow
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    return workflow
+
+
 def show_version(value: bool) -> None:
     """Print the version and stop."""
     if value:
@@ -155,8 +174,7 @@ def train(ctx: typer.Context, recipe: Recipe = None, show_traceback: Traceback =
         path, flags = recipe_and_flags(recipe, ctx)
         loaded = load_recipe(path, flags=flags, task="train")
         door.output_dir = loaded.training.get("output_dir")
-        from tunesmith import workflow
-
+        workflow = quiet_workflow()
         workflow.train(loaded)
 
 
@@ -173,8 +191,7 @@ def check(
 
         path, flags = recipe_and_flags(recipe, ctx)
         loaded = load_recipe(path, flags=flags, task="check")
-        from tunesmith import workflow
-
+        workflow = quiet_workflow()
         workflow.check(loaded, rows=rows)
 
 
@@ -185,8 +202,7 @@ def evaluate(ctx: typer.Context, model: RunOrModel, show_traceback: Traceback = 
         from tunesmith.recipe import load_for_model
 
         loaded = load_for_model(model, flags=ctx.args, task="eval")
-        from tunesmith import workflow
-
+        workflow = quiet_workflow()
         workflow.evaluate(loaded)
 
 
@@ -202,8 +218,7 @@ def predict(
         from tunesmith.recipe import load_for_model
 
         loaded = load_for_model(model, flags=ctx.args, task="predict")
-        from tunesmith import workflow
-
+        workflow = quiet_workflow()
         workflow.predict(loaded, output=output)
 
 
@@ -219,8 +234,7 @@ def chat(
         from tunesmith.recipe import load_for_model
 
         loaded = load_for_model(model, flags=ctx.args, task="chat")
-        from tunesmith import workflow
-
+        workflow = quiet_workflow()
         workflow.chat(loaded, system=system)
 
 
@@ -245,8 +259,7 @@ def merge_adapter(
 def env(show_traceback: Traceback = False) -> None:
     """Versions, devices and threads, for a bug report."""
     with errors_reported(show_traceback):
-        from tunesmith import workflow
-
+        workflow = quiet_workflow()
         facts = workflow.env()
         width = max((len(str(name)) for name in facts), default=0)
         for name, value in facts.items():

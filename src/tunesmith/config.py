@@ -32,6 +32,8 @@ class RunConfig:
     """Held-out rows answered before and after training, shown side by side with `compare_metric`. 0: none."""
     compare_metric: str = "exact_match"
     """Name in `METRICS` or `file.py:function`, computed over the compared rows before and after training."""
+    sample_rows: Annotated[int, Ge(0)] = 0
+    """Held-out rows answered at every evaluation, into `samples.jsonl`. 0: none."""
     do_merge: bool = False
     """After LoRA training, also write the adapter merged into the base model to `output_dir/merged`."""
 

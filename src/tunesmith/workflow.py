@@ -1,13 +1,11 @@
 """One run, top to bottom: recipe → data → model → train → evaluate → compare → save; a function for each command."""
 
 import contextlib
-import logging
 import os
 import platform
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +70,6 @@ def run(recipe: Any = None, **overrides: Any) -> dict[str, float]:
 def train(recipe: Recipe) -> dict[str, float]:
     """Run the whole recipe; everything a person may want to see lies in `output_dir` afterwards."""
     console = Console()
-    quiet_libraries()
     output_dir = recipe.training.get("output_dir") or TrainingFields.output_dir
     folder = Run(prepare_output_dir(output_dir, recipe.run.overwrite_output_dir))
     with recorded(folder):
@@ -211,7 +208,8 @@ def build_trainer(
 ) -> SFTTrainer:
     """The stage's trainer, with the run directory and the progress display listening."""
     trainer_class, config_class = STAGES[recipe.run.stage]
-    defaults = {"output_dir": str(folder.path), "seed": DEFAULT_SEED}
+    # transformers takes disable_tqdm from its log level, which the command line lowers
+    defaults = {"output_dir": str(folder.path), "seed": DEFAULT_SEED, "disable_tqdm": False}
     try:
         args = config_class(**{**defaults, **recipe.training})
     except ValueError as error:  # transformers checks combinations of its own
@@ -310,23 +308,12 @@ def recorded(folder: Run) -> Iterator[None]:
     folder.write_status("completed")
 
 
-def quiet_libraries() -> None:
-    """Leave the terminal to the run: other libraries' bars and hints go, their errors stay."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
 # ---- look, score, answer, talk -----------------------------------------------------------------------------------
 
 
 def check(recipe: Recipe, rows: int = 3) -> Prepared:
     """Show what would be trained: rows kept, changed and dropped, lengths, and real rows, trained tokens marked."""
     console = Console()
-    quiet_libraries()
     tokenizer = tokenizer_of(recipe)
     data = prepare_data(recipe, tokenizer, check=False)
     show_data(data, tokenizer, console, rows)
@@ -355,7 +342,6 @@ def report_json(data: Prepared) -> dict[str, Any]:
 def evaluate(recipe: Recipe) -> dict[str, float]:
     """Loss, perplexity and token accuracy of a model on `eval_dataset`, per trained token."""
     console = Console()
-    quiet_libraries()
     examples, tokenizer = held_out_examples(recipe)
     report = Report()
     report.read = len(examples)
@@ -379,7 +365,6 @@ def evaluate(recipe: Recipe) -> dict[str, float]:
 def predict(recipe: Recipe, output: Path = Path("generated_predictions.jsonl")) -> dict[str, float]:
     """Answer every prompt of `eval_dataset` into a JSON-lines file and score the answers."""
     console = Console()
-    quiet_libraries()
     examples, tokenizer = held_out_examples(recipe)
     lookup_metric(recipe)
     model = usable_model(recipe)
@@ -408,7 +393,6 @@ def lookup_metric(recipe: Recipe) -> None:
 
 def chat(recipe: Recipe, system: str | None = None) -> None:
     """Talk to a model in the terminal."""
-    quiet_libraries()
     tokenizer = tokenizer_of(recipe)
     talk(
         usable_model(recipe),

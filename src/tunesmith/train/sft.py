@@ -31,6 +31,7 @@ from tunesmith.train.head import HeadLoss, loss_in_head
 from tunesmith.train.loss import TokenLoss
 
 MODEL_COLUMNS = ("input_ids", "labels", "weights", "seq_lengths")
+NOT_DONE = {"label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "predict_with_generate": False}
 HOST_KEYS = ("labels", "loss_index", "loss_targets", "loss_weights", "num_tokens")
 
 
@@ -45,6 +46,9 @@ class SFTConfig(TrainingFields, Seq2SeqTrainingArguments):
     """Arguments of `from_pretrained` when the trainer is given a model's name."""
 
     def __post_init__(self):
+        for name, unset in NOT_DONE.items():
+            if getattr(self, name) != unset:
+                raise ConfigError(f"{name}: SFTTrainer's own loss does not know it yet. Remove it.")
         # transformers 5.2x renamed gradient_checkpointing; `None` (choose for me) must survive its defaults
         asked = self.gradient_checkpointing
         if hasattr(self, "activation_checkpointing"):
@@ -207,8 +211,9 @@ class SFTTrainer(Seq2SeqTrainer):
         }[support.layout]
         self.choices.append(f"batches: {said}" + (f" ({support.why})" if support.why else ""))
         trained, total = count_parameters(self.model)
-        self.choices.append(f"trained parameters: {trained:,} of {total:,} ({trained / total:.2%})")
-        if trained == 0:
+        if self.train_dataset is not None:
+            self.choices.append(f"trained parameters: {trained:,} of {total:,} ({trained / total:.2%})")
+        if self.train_dataset is not None and trained == 0:
             raise ModelError("no parameter of the model is trainable. Set requires_grad, or give a peft_config.")
         return support
 
@@ -317,7 +322,7 @@ class SFTTrainer(Seq2SeqTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Loss, perplexity and accuracy per trained token, the same for every batch size."""
-        if self.compute_metrics is not None or self.args.predict_with_generate:
+        if self.compute_metrics is not None:
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
