@@ -201,7 +201,7 @@ def test_long_rows_are_counted_whatever_becomes_of_them(workplace, how, kept, wo
 
 def test_an_error_stops_at_the_first_long_row(workplace):
     output = call("check", "recipe.yaml", "--max_length", "12", "--too_long", "error", code=3)
-    assert "train.jsonl row 1: " in output
+    assert "train.jsonl:1: " in output
     assert "tokens, max_length is 12" in output
 
 
@@ -229,3 +229,32 @@ def test_weights_make_a_column_only_where_some_differ():
     plain = {"input_ids": [1, 2], "labels": [-100, 2]}
     assert as_dataset([plain]).column_names == ["input_ids", "labels"]
     assert as_dataset([plain, {**plain, "weights": [1.0, 2.0]}])["weights"] == [[1.0, 1.0], [1.0, 2.0]]
+
+
+def test_samples_are_answered_at_every_evaluation(workplace):
+    write_recipe(workplace / "recipe.yaml", sample_rows=2, eval_strategy="steps", eval_steps=1, compare_rows=0)
+    call("train", "recipe.yaml", "--max_steps", "2")
+    samples = [json.loads(line) for line in (workplace / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["label"]) for row in samples[:4]] == [(1, "red"), (1, "up"), (2, "red"), (2, "up")]
+    assert all(isinstance(row["predict"], str) for row in samples)
+
+
+def test_a_run_goes_on_from_its_checkpoint(workplace):
+    saving = ("--save_strategy", "steps", "--save_steps", "1", "--max_steps", "3")
+    call("train", "recipe.yaml", *saving)
+    whole = (workplace / "run" / "adapter_model.safetensors").read_bytes()
+    call("train", "recipe.yaml", *saving, "--resume_from_checkpoint", "run/checkpoint-2", "--output_dir", "again")
+    assert (workplace / "again" / "adapter_model.safetensors").read_bytes() == whole
+    call("train", "recipe.yaml", *saving, "--resume_from_checkpoint", "run/checkpoint-2")
+    assert (workplace / "run" / "adapter_model.safetensors").read_bytes() == whole
+    assert [row["step"] for row in read_metrics(workplace / "run") if "loss" in row] == [1, 2, 3]
+
+
+def test_a_checkpoint_that_is_none_is_named(workplace):
+    output = call("train", "recipe.yaml", "--resume_from_checkpoint", "model", code=4)
+    assert "model holds no trainer_state.json" in output
+
+
+@pytest.mark.parametrize("option", ["--label_smoothing_factor", "--neftune_noise_alpha"])
+def test_options_that_would_be_ignored_are_errors(workplace, option):
+    assert "does not know it yet" in call("train", "recipe.yaml", option, "0.5", code=2)

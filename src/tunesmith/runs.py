@@ -300,12 +300,23 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue
-        step = row.get("step") if isinstance(row, dict) else None
-        if step is not None and rows and step < rows[-1].get("step", step):
+        if not isinstance(row, dict):
+            continue
+        step = row.get("step")
+        if step is not None and _goes_back(row, rows):
             rows = [earlier for earlier in rows if earlier.get("step", step) < step]
-        if isinstance(row, dict):
-            rows.append(row)
+        rows.append(row)
     return rows
+
+
+def _goes_back(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+    """Whether `row` is of a step before the last, or says again what an earlier row of its own step said."""
+    for earlier in reversed(rows):
+        if earlier.get("step", row["step"]) != row["step"]:
+            return earlier["step"] > row["step"]
+        if earlier.keys() == row.keys():
+            return True
+    return False
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

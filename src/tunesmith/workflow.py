@@ -24,7 +24,7 @@ from tunesmith.data.prepare import encode_examples, read_examples
 from tunesmith.data.report import Report, preview
 from tunesmith.deliver.chat import chat as talk
 from tunesmith.deliver.merge import merge
-from tunesmith.errors import ConfigError
+from tunesmith.errors import CheckpointError, ConfigError
 from tunesmith.evaluate.predict import before_after_table, comparisons
 from tunesmith.evaluate.predict import predict as answer
 from tunesmith.lookup import lookup
@@ -33,7 +33,7 @@ from tunesmith.model.capabilities import bf16_is_faster
 from tunesmith.model.load import adapter_base, load_any, load_tokenizer, model_max_length
 from tunesmith.recipe import Recipe, load_recipe, resolved
 from tunesmith.runs import Run, prepare_output_dir
-from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, plot_loss, use_progress
+from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, SampleCallback, plot_loss, use_progress
 from tunesmith.train.sft import SFTConfig, SFTTrainer
 
 SHOWN_COMPARISONS = 5
@@ -71,7 +71,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     """Run the whole recipe; everything a person may want to see lies in `output_dir` afterwards."""
     console = Console()
     output_dir = recipe.training.get("output_dir") or TrainingFields.output_dir
-    folder = Run(prepare_output_dir(output_dir, recipe.run.overwrite_output_dir))
+    folder = open_run(output_dir, recipe)
     with recorded(folder):
         folder.save_recipe(resolved(recipe))
         tokenizer = tokenizer_of(recipe)
@@ -81,7 +81,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         model = trainable_model(recipe)
         trainer = build_trainer(recipe, model, tokenizer, data, folder, console)
         before = compare(recipe, trainer, data, folder, "before", console)
-        metrics = trainer.train().metrics
+        metrics = trainer.train(resume_from_checkpoint=recipe.training.get("resume_from_checkpoint")).metrics
         trainer.save_model()
         after = compare(recipe, trainer, data, folder, "after", console)
         metrics |= trainer.evaluate() if data.evaluation is not None and recipe.training.get("do_eval", True) else {}
@@ -90,6 +90,23 @@ def train(recipe: Recipe) -> dict[str, float]:
             merge(folder.path, folder.path / "merged")
         show_results(recipe, folder, data, tokenizer, metrics, before, after, console)
     return metrics
+
+
+def open_run(output_dir: str, recipe: Recipe) -> Run:
+    """The run directory: a new one, or the one that the checkpoint to resume from lies in.
+
+    Raises: CheckpointError where there is no such checkpoint; ConfigError for a folder that is in the way.
+    """
+    checkpoint = recipe.training.get("resume_from_checkpoint")
+    if checkpoint is not None:
+        if not (Path(checkpoint) / "trainer_state.json").is_file():
+            raise CheckpointError(
+                f"resume_from_checkpoint: {checkpoint} holds no trainer_state.json, so it is no checkpoint. "
+                "Name a folder like runs/mine/checkpoint-100."
+            )
+        if Path(output_dir).resolve() in Path(checkpoint).resolve().parents:
+            return Run(output_dir)
+    return Run(prepare_output_dir(output_dir, recipe.run.overwrite_output_dir))
 
 
 def tokenizer_of(recipe: Recipe) -> transformers.PreTrainedTokenizerBase:
@@ -222,6 +239,9 @@ def build_trainer(
         console.out(line, highlight=False)
     use_progress(trainer, ProgressCallback(lambda: trainer.tokens_seen, console))
     trainer.add_callback(RunLogCallback(folder, lambda: trainer.tokens_seen))
+    if recipe.run.sample_rows and data.evaluation_examples:
+        few = data.evaluation_examples[: recipe.run.sample_rows]
+        trainer.add_callback(SampleCallback(folder, few, tokenizer, recipe.decoding))
     return trainer
 
 
@@ -349,9 +369,6 @@ def evaluate(recipe: Recipe) -> dict[str, float]:
     report.check(recipe.data.max_drop_ratio)
     report.table(console)
     model = usable_model(recipe)
-    model.get_input_embeddings().requires_grad_(
-        True
-    )  # the trainer wants something to train; evaluation changes nothing
     given = {key: recipe.training[key] for key in ("bf16", "use_cpu", "padding_free") if key in recipe.training}
     size = recipe.training.get("per_device_eval_batch_size", 8)
     with tempfile.TemporaryDirectory() as folder:  # the trainer makes its output folder whether it writes or not

@@ -88,7 +88,7 @@ def test_a_turn_can_be_left_out_or_weighted(byte_tokenizer):
 )
 def test_flags_that_cannot_hold_are_refused(byte_tokenizer, flags, options, reason):
     example = {"messages": [{**HI[0], **flags}, HI[1]], "source": "a.jsonl", "line": 7}
-    with pytest.raises(RowError, match=r"a.jsonl row 7: turn 1 ") as caught:
+    with pytest.raises(RowError, match=r"a.jsonl:7: turn 1 ") as caught:
         render(example, byte_tokenizer, **options)
     assert caught.value.reason == reason
 
@@ -146,7 +146,7 @@ def test_single_turns_cannot_be_chosen_from_tags_that_do_not_match_the_turns(byt
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_way_out(byte_tokenizer):
     example = {"messages": [*HI, *HI], "source": "a.jsonl", "line": 2}
-    with pytest.raises(TemplateError, match=r"a.jsonl row 2: turn 2 is rendered differently once later turns follow"):
+    with pytest.raises(TemplateError, match=r"a.jsonl:2: turn 2 is rendered differently once later turns follow"):
         render(example, byte_tokenizer, chat_template=THINKS)
     row = render(example, byte_tokenizer, chat_template=THINKS, train_on="last_turn")
     assert [row.text[start:end] for start, end, _ in row.spans] == ["<think>\n\n</think>\n\n4<|im_end|>"]
@@ -202,7 +202,7 @@ def test_messages_without_a_template_are_an_error_with_a_way_out():
     ],
 )
 def test_what_the_template_says_is_passed_on_with_the_place(byte_tokenizer, template, messages, what):
-    with pytest.raises(TemplateError, match=f"a.jsonl row 3: the chat template refuses .*{what}") as caught:
+    with pytest.raises(TemplateError, match=f"a.jsonl:3: the chat template refuses .*{what}") as caught:
         render({"messages": messages, "source": "a.jsonl", "line": 3}, byte_tokenizer, chat_template=template)
     assert caught.value.reason == "template"
 

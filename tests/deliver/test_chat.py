@@ -37,9 +37,17 @@ def pipe():
 def test_in_a_pipe_answers_are_all_that_is_written(tiny_model, byte_tokenizer, pipe):
     messages = chat(tiny_model, byte_tokenizer, decoding=SHORT, console=pipe, read_line=typed("hello\n", "\n"))
     prompt = encode_prompt(byte_tokenizer, [{"role": "user", "content": "hello"}])
-    answer = dict(generate_texts(tiny_model, byte_tokenizer, [prompt], decoding=SHORT))[0]
+    answer = dict(generate_texts(tiny_model, byte_tokenizer, [prompt.input_ids], decoding=SHORT))[0]
     assert messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": answer.strip()}]
     assert pipe.file.getvalue() == chatting.printable(answer) + "\n"
+
+
+def test_control_tokens_that_a_person_types_are_text(tiny_model, byte_tokenizer, pipe, monkeypatch):
+    seen, generate = [], tiny_model.generate
+    monkeypatch.setattr(tiny_model, "generate", lambda **given: seen.append(given["input_ids"]) or generate(**given))
+    chat(tiny_model, byte_tokenizer, decoding=SHORT, console=pipe, read_line=typed("a<|im_end|>"))
+    stop = byte_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (seen[0] == stop).sum() == 1
 
 
 def test_the_conversation_goes_on_and_begins_with_the_system_message(tiny_model, byte_tokenizer, pipe):
@@ -95,7 +103,9 @@ def test_an_error_in_the_model_is_raised_and_not_waited_for(tiny_model, byte_tok
 
 
 def test_a_turn_that_the_template_refuses_is_told_and_forgotten(tiny_model, byte_tokenizer, pipe):
-    template = "{% if messages[0].content == 'bad' %}{{ raise_exception('not this') }}{% endif %}<|im_start|>"
+    template = (
+        "{% if messages[0].content == 'bad' %}{{ raise_exception('not this') }}{% endif %}{{ messages[0].content }}"
+    )
     messages = chat(
         tiny_model,
         byte_tokenizer,
@@ -105,7 +115,7 @@ def test_a_turn_that_the_template_refuses_is_told_and_forgotten(tiny_model, byte
         read_line=typed("bad", "good"),
     )
     assert [message["content"] for message in messages][:1] == ["good"]
-    assert "not this" in pipe.file.getvalue().replace("\n", " ")
+    assert "not this" in " ".join(pipe.file.getvalue().split())
 
 
 def test_training_mode_comes_back(tiny_model, byte_tokenizer, pipe):

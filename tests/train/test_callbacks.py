@@ -37,7 +37,7 @@ class Training:
     def __init__(self, callback, tmp_path, total_steps=10, **args):
         self.callback, self.clock, self.tokens = callback, Clock(), 0
         callback.pace.clock, callback.pace.tokens_seen = self.clock, lambda: self.tokens
-        self.args = TrainingArguments(disable_tqdm=False, output_dir=str(tmp_path), report_to="none", **args)
+        self.args = TrainingArguments(**{"disable_tqdm": False, **args}, output_dir=str(tmp_path), report_to="none")
         self.state = TrainerState(max_steps=total_steps, is_world_process_zero=True)
 
     def call(self, hook, **kwargs):
@@ -195,8 +195,9 @@ def test_disable_tqdm_means_plain_lines_on_a_terminal_too(tmp_path):
 
 def test_a_real_trainer_writes_the_files_and_the_lines(tmp_path, tiny_model, capsys):
     rows = [{"input_ids": list(range(10, 20)), "labels": list(range(10, 20))} for _ in range(8)]
-    args = TrainingArguments(disable_tqdm=False,
-        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, logging_steps=1, eval_strategy="steps",
+    args = TrainingArguments(
+        disable_tqdm=False, output_dir=str(tmp_path), max_steps=4,
+        per_device_train_batch_size=2, logging_steps=1, eval_strategy="steps",
         eval_steps=2, report_to="none", save_strategy="no", use_cpu=True,
     )  # fmt: skip
     trainer = Trainer(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 
 from tunesmith.data import IGNORE_INDEX
+from tunesmith.data.chat import place_of
 from tunesmith.data.detect import describe_format, detect_format
 from tunesmith.data.normalize import Example, count_duplicates, normalize
 from tunesmith.data.render import Rendered, drop_oldest_turns, render
@@ -129,7 +130,7 @@ def _fitted(
     size = f"{len(tokens['input_ids'])} tokens, max_length is {max_length}"
     if too_long == "error":
         raise DataError(
-            f"{example.get('source', 'example')} row {example.get('line', '?')}: {size}. "
+            f"{place_of(example)}{size}. "
             "Raise max_length, shorten the row, or set too_long: drop, truncate or keep_last_turns."
         )
     if too_long == "truncate":

@@ -1,4 +1,4 @@
-"""Example + chat template → Rendered(text, spans the loss covers).
+"""Example + chat template → Rendered(text, spans the loss covers); messages → the prompt of their answer.
 
 A span is what the model has to write by itself: from the end of the generation prompt to the end of the stop token.
 `{% generation %}` in a template gives the spans; otherwise they are differences of rendered prefixes. A template that
@@ -8,16 +8,16 @@ Control tokens inside a person's messages are text: they are reported in `litera
 (and prompt/completion strings without a chat template) are the person's own rendering, so control tokens there count.
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+from tunesmith.data.chat import Chat, place_of, refusal
 from tunesmith.data.rows import RowError
-from tunesmith.errors import TemplateError
+from tunesmith.data.spans import Span, prompt_text, trained_turns, turn_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,16 +26,6 @@ if TYPE_CHECKING:
     from tunesmith.data.normalize import Example, Message
 
 FILLER = "\ue000"  # stands for each character of a control token that a person wrote
-PROBE = "\ue001"  # an answer that no person gives
-GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class Span(NamedTuple):
-    """Characters `start` to `end` of the text count in the loss, times `weight`."""
-
-    start: int
-    end: int
-    weight: float = 1.0
 
 
 class Rendered(NamedTuple):
@@ -80,8 +70,40 @@ def render(
         prompt = [{"role": "user", "content": prompt}]
         completion = [{"role": "assistant", "content": completion}]
     messages = example["messages"] if completion is None else [*prompt, *completion]
-    chat = _Chat.of(example, tokenizer, chat_template)
+    chat = Chat.of(tokenizer, chat_template, example.get("tools"), place_of(example))
     return _render_chat(chat, messages, train_on, first=len(prompt) if completion is not None else None)
+
+
+def render_prompt(
+    messages: Sequence["Message"],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    tools: list[dict] | None = None,
+    chat_template: str | None = None,
+    where: str = "",
+) -> Rendered:
+    """The conversation up to where its next answer begins, without spans: the text before that answer in training.
+
+    Args:
+        messages: what was said so far; none, and the answer opens the conversation.
+        tokenizer: read for its template and control tokens, not changed.
+        tools: as the template writes them.
+        chat_template: Jinja text used in place of the tokenizer's own.
+        where: the place that errors begin with.
+
+    Raises: as `render`.
+    """
+    chat = Chat.of(tokenizer, chat_template, tools, where)
+    plain = [for_template(message) for message in messages]
+    hidden = _Hider(control_tokens(tokenizer))
+    masked = replace(chat, tools=hidden(chat.tools))
+    masked_messages = hidden(plain)
+    full = prompt_text(masked, masked_messages)
+    _check_written(masked, masked_messages, {}, full)
+    if not hidden.found:
+        return Rendered(full, [])
+    text = prompt_text(chat, plain)
+    return Rendered(text, [], _literal_ranges(text, full, where))
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
@@ -99,7 +121,6 @@ def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
 
 
 _CONTROLS: WeakKeyDictionary = WeakKeyDictionary()  # a large vocabulary has hundreds; looking each row is slow
-_HEADERS: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def drop_oldest_turns(example: "Example") -> "Example | None":
@@ -123,7 +144,7 @@ def _is_system(message: "Message") -> bool:
 
 
 def _render_text(example: "Example", tokenizer: "PreTrainedTokenizerBase") -> Rendered:
-    text, eos = example["text"], _eos(tokenizer, _where(example))
+    text, eos = example["text"], _eos(tokenizer, place_of(example))
     text = text if text.endswith(eos) else text + eos
     return Rendered(text, [Span(0, len(text))], add_bos=True)
 
@@ -131,14 +152,14 @@ def _render_text(example: "Example", tokenizer: "PreTrainedTokenizerBase") -> Re
 def _render_strings(example: "Example", tokenizer: "PreTrainedTokenizerBase", train_on: str) -> Rendered:
     """Prompt and completion laid end to end, for base models that have no chat template."""
     prompt, text = example["prompt"], example["prompt"] + example["completion"]
-    eos = _eos(tokenizer, _where(example))
+    eos = _eos(tokenizer, place_of(example))
     text = text if text.endswith(eos) else text + eos
     return Rendered(text, [Span(0 if train_on == "all" else len(prompt), len(text))], add_bos=True)
 
 
 def _eos(tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
     if not tokenizer.eos_token:
-        raise _refusal(
+        raise refusal(
             where,
             "no stop token ends the text, and the tokenizer has no eos_token. Set tokenizer.eos_token, or use a "
             "chat template that writes a stop token after each answer",
@@ -146,85 +167,10 @@ def _eos(tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
     return str(tokenizer.eos_token)
 
 
-def _where(example: "Example") -> str:
-    return f"{example['source']} row {example.get('line', '?')}: " if example.get("source") else ""
-
-
-def _refusal(where: str, what: str, reason: str = "template") -> TemplateError:
-    """A TemplateError that carries a report reason, so that a caller may skip the row and count it."""
-    error = TemplateError(f"{where}{what}.")
-    error.reason = reason
-    return error
-
-
-@dataclass(frozen=True)
-class _Chat:
-    """A template bound to a tokenizer, the tools of one example and the place to name in errors."""
-
-    tokenizer: "PreTrainedTokenizerBase"
-    template: str
-    tools: list[dict] | None
-    where: str
-
-    @classmethod
-    def of(cls, example: "Example", tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) -> "_Chat":
-        where, tools = _where(example), example.get("tools") or None
-        if not (chat_template or tokenizer.chat_template):
-            raise _refusal(
-                where,
-                "the tokenizer has no chat template, so messages cannot be rendered. Set chat_template: to a Jinja "
-                "file, or take a model that has one (names of chat models often end in -Instruct)",
-            )
-        try:
-            return cls(tokenizer, tokenizer.get_chat_template(chat_template, tools), tools, where)
-        except ValueError as error:
-            raise _refusal(where, str(error)) from error
-
-    def text(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """The conversation as the template writes it."""
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=self.tools,
-                chat_template=self.template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
-        except Exception as error:  # a template is a foreign program: it may raise anything
-            raise self.failed(error) from error
-
-    def generation_ranges(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as the template writes it, and the character ranges inside `{% generation %}` blocks."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            texts, ranges = render_jinja_template(
-                conversations=[messages],
-                tools=self.tools,
-                chat_template=self.template,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
-            )
-        except Exception as error:  # as above
-            raise self.failed(error) from error
-        return texts[0], ranges[0]
-
-    def failed(self, error: Exception) -> TemplateError:
-        kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
-        return _refusal(
-            self.where,
-            f"the chat template refuses this conversation: {kind}{str(error).rstrip('.')}. Change the row, or set "
-            "chat_template: to a template that accepts it",
-        )
-
-    def refusal(self, what: str, reason: str = "template") -> TemplateError:
-        return _refusal(self.where, what, reason)
-
-
-def _render_chat(chat: _Chat, messages: list["Message"], train_on: str, first: int | None) -> Rendered:
+def _render_chat(chat: Chat, messages: list["Message"], train_on: str, first: int | None) -> Rendered:
     """Render, choose the turns, find their spans; `first`: index of the first message of a row's completion."""
-    turns = _trained_turns(messages, train_on, first, chat.where)
-    plain = [_for_template(message) for message in messages]
+    turns = trained_turns(messages, train_on, first, chat.where)
+    plain = [for_template(message) for message in messages]
     controls = control_tokens(chat.tokenizer)
     # Structure is read off a rendering in which control tokens of the person's are replaced, so they cannot pass for
     # the template's own.
@@ -238,17 +184,15 @@ def _render_chat(chat: _Chat, messages: list["Message"], train_on: str, first: i
     if train_on == "all":
         begin = len(bos) if (bos := chat.tokenizer.bos_token) and full.startswith(bos) else 0
         spans = [Span(begin, len(full))]
-    elif GENERATION_TAG.search(chat.template):
-        spans = _generation_spans(masked, masked_messages, turns, full, controls)
     else:
-        spans = [_turn_span(masked, masked_messages, i, full, turns[i], controls) for i in turns]
+        spans = turn_spans(masked, masked_messages, turns, full, controls)
     is_last_trained = train_on == "all" or len(messages) - 1 in turns
     if spans and is_last_trained and plain[-1]["role"] == "assistant":
         text, spans = _with_stop(text, full, spans, controls, chat)
     return Rendered(text, [span for span in spans if span.weight > 0 and span.start < span.end], literal)
 
 
-def _check_written(chat: _Chat, messages: list[dict], turns: Mapping[int, float], full: str) -> None:
+def _check_written(chat: Chat, messages: list[dict], turns: Mapping[int, float], full: str) -> None:
     """Raise TemplateError where the template leaves out a system or user turn, a trained tool call, or the tools.
 
     Many templates know nothing of tools: such a turn would come out empty, and teach the model to say nothing.
@@ -285,49 +229,9 @@ def _called(message: dict) -> Iterator[str]:
             yield name
 
 
-def _for_template(message: "Message") -> dict[str, Any]:
+def for_template(message: "Message") -> dict[str, Any]:
     """Without our own keys, and without None: templates crash on it, or write 'None'."""
     return {key: value for key, value in message.items() if value is not None and key not in ("train", "weight")}
-
-
-def _trained_turns(messages: Sequence["Message"], train_on: str, first: int | None, where: str) -> dict[int, float]:
-    """Index of each trained assistant turn → weight. `train` and `weight` of a message only narrow the choice."""
-    flagged = [i for i, message in enumerate(messages) if _weight(message, i, where) != 1 or message.get("train")]
-    if train_on == "all":
-        narrowed = [i for i in flagged if _weight(messages[i], i, where) != 1]
-        if narrowed:
-            raise RowError(
-                f"{where}turn {narrowed[0] + 1} has 'train' or 'weight', but train_on: all covers the whole text. "
-                "Remove the flag, or set train_on: assistant.",
-                "train-flag-with-all",
-            )
-        return {}
-    for i in flagged:
-        if messages[i]["role"] != "assistant" and _weight(messages[i], i, where) > 0:
-            raise RowError(
-                f"{where}turn {i + 1} ({messages[i]['role']}) has 'train' or 'weight', but only assistant turns can "
-                "be trained. Remove the flag, or set train_on: all.",
-                "train-not-assistant",
-            )
-    if first is None and train_on == "completion":
-        first = max((i + 1 for i, message in enumerate(messages) if message["role"] == "user"), default=0)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= (first or 0)]
-    turns = turns[-1:] if train_on == "last_turn" else turns
-    return {i: weight for i in turns if (weight := _weight(messages[i], i, where)) > 0}
-
-
-def _weight(message: "Message", index: int, where: str) -> float:
-    if message.get("train") is False:
-        return 0.0
-    weight = message.get("weight")
-    if weight is None:
-        return 1.0
-    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-        raise RowError(
-            f"{where}turn {index + 1} has weight {weight!r}. Give a number from 0 on.",
-            "bad-weight",
-        )
-    return float(weight)
 
 
 class _Hider:
@@ -370,109 +274,8 @@ def _literal_ranges(text: str, masked: str, where: str) -> list[tuple[int, int]]
     return ranges
 
 
-def _turn_span(
-    chat: _Chat, messages: list[dict], index: int, full: str, weight: float, controls: tuple[str, ...]
-) -> Span:
-    """What the template writes for an assistant turn after the generation prompt, up to and with its stop token."""
-    is_last = index == len(messages) - 1
-    through = full if is_last else chat.text(messages[: index + 1])
-    if not full.startswith(through):
-        raise _rewritten(chat, index, through, full)
-    if index == 0:
-        # Nothing can be rendered before a first turn: its answer begins where another answer would differ.
-        probe = chat.text([{"role": "assistant", "content": PROBE}])
-        start = _common_length(through, probe)
-    else:
-        prefix = chat.text(messages[:index], add_generation_prompt=True)
-        if not full.startswith(prefix):
-            raise _rewritten(chat, index, prefix, full, unprompted=chat.text(messages[:index]))
-        start = len(prefix) + _header_length(chat, full, len(prefix), index)
-    return Span(start, _after_stop(full, start, len(through), controls), weight)
-
-
-def _common_length(one: str, other: str) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
-
-
-def _rewritten(chat: _Chat, index: int, part: str, full: str, unprompted: str | None = None) -> TemplateError:
-    """Why `part` is no beginning of `full`, with the place where they part."""
-    at = _common_length(part, full)
-    difference = f"{part[at : at + 24]!r} becomes {full[at : at + 24]!r}"
-    if unprompted is not None and full.startswith(unprompted):
-        return chat.refusal(
-            f"turn {index + 1} does not begin with the template's own generation prompt ({difference}), so training "
-            "and generation would differ. Use a template with {% generation %}"
-        )
-    return chat.refusal(
-        f"turn {index + 1} is rendered differently once later turns follow ({difference}). "
-        "Set train_on: last_turn, or use a template with {% generation %}"
-    )
-
-
-def _header_length(chat: _Chat, full: str, start: int, index: int) -> int:
-    """Characters of the assistant header where the template knows no generation prompt, else 0."""
-    headers = _HEADERS.setdefault(chat.tokenizer, {})
-    if chat.template not in headers:
-        headers[chat.template] = _unprompted_header(replace(chat, tools=None))
-    header = headers[chat.template]
-    if not full.startswith(header, start):
-        raise chat.refusal(
-            f"turn {index + 1} does not begin with {header!r}, and the template ignores add_generation_prompt, so it "
-            "cannot be told where the answer begins. Use a template with {% generation %}"
-        )
-    return len(header)
-
-
-def _unprompted_header(chat: _Chat) -> str:
-    """What a template that ignores add_generation_prompt writes before every answer.
-
-    White space alone is the model's to write: in Mistral's manner the answer follows `[/INST]` with no header.
-    """
-    user = {"role": "user", "content": "?"}
-    try:
-        bare = chat.text([user])
-        if chat.text([user], add_generation_prompt=True) != bare:
-            return ""
-        probe = chat.text([user, {"role": "assistant", "content": PROBE}])
-    except TemplateError:  # e.g. a template that insists on a system turn; the row itself will tell
-        return ""
-    header = probe[len(bare) :].partition(PROBE)[0] if probe.startswith(bare) and PROBE in probe else ""
-    return header if header.strip() else ""
-
-
-def _after_stop(full: str, start: int, end: int, controls: tuple[str, ...]) -> int:
-    """`end`, or the end of the control token that only white space separates from it."""
-    body = full[start:end].rstrip()
-    return start + len(body) if body.endswith(controls) else end
-
-
-def _generation_spans(
-    chat: _Chat, messages: list[dict], turns: dict[int, float], full: str, controls: tuple[str, ...]
-) -> list[Span]:
-    """Spans of the `{% generation %}` blocks of the trained turns; a stop token right behind a block belongs to it."""
-    tracked, ranges = chat.generation_ranges(messages)
-    if tracked != full:
-        raise chat.refusal("the template renders the same conversation differently each time")
-    assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(ranges) == len(assistant):
-        weights = [turns.get(i, 0.0) for i in assistant]
-    elif turns == dict.fromkeys(assistant, 1.0):
-        weights = [1.0] * len(ranges)
-    else:
-        raise chat.refusal(
-            f"the template marks {len(ranges)} parts with {{% generation %}} for {len(assistant)} assistant turns, so "
-            "single turns cannot be chosen. Set train_on: assistant and remove train/weight from the messages"
-        )
-    spans = []
-    for (start, end), weight in zip(ranges, weights):
-        end = _after_stop(full, start, end, controls)
-        stop = None if full[start:end].endswith(controls) else _pattern(controls).match(full, end)
-        spans.append(Span(start, stop.end() if stop else end, weight))
-    return spans
-
-
 def _with_stop(
-    text: str, full: str, spans: list[Span], controls: tuple[str, ...], chat: _Chat
+    text: str, full: str, spans: list[Span], controls: tuple[str, ...], chat: Chat
 ) -> tuple[str, list[Span]]:
     """The text with eos behind its last answer, inside the span, where the template wrote no stop token."""
     last = spans[-1]

@@ -1,8 +1,8 @@
 """Rendered → input_ids, labels, weights: tokenized once, in batches; a token is trained iff it lies inside a span.
 
-The ids are those of `tokenizer(text, add_special_tokens=False)`. Two kinds of rows are encoded in pieces: where
-one token would straddle the edge of a span (cut there, as generation sees it: prompt tokens, then answer tokens), and
-where a person wrote what looks like a control token (that range is encoded as plain text).
+The ids are those of `tokenizer(text, add_special_tokens=False)`. Two kinds of rows are encoded in pieces: where the
+text up to the edge of a span has other tokens when nothing follows (cut there, as generation sees it: prompt tokens,
+then answer tokens), and where a person wrote what looks like a control token (that range is encoded as plain text).
 """
 
 import copy
@@ -51,8 +51,7 @@ def tokenize(
     Args:
         rendered: the rows; a few hundred at once use all cores.
         tokenizer: read, not changed. Without offsets (not fast) each span edge costs one more encoding.
-        on_change: called with the row's index and "split-at-boundary" when a token straddled the edge of a span and
-            the row was encoded in pieces.
+        on_change: called with the row's index and "split-at-boundary" when prompt and answer had to be encoded apart.
         on_error: called for a row that cannot be labelled exactly; its result is then empty. `None`: the error is
             raised.
 
@@ -68,7 +67,7 @@ def tokenize(
                 tokens = _by_prefixes(row, tokenizer)
             else:
                 encoded = encoder.encode_pieces(row, []) if row.literal else next(straight)
-                cuts = _straddled(encoded, row.spans, encoder.control_ids)
+                cuts = _straddled(encoded, row.spans, encoder.control_ids) + encoder.read_ahead(row, encoded)
                 if cuts:
                     encoded = encoder.encode_pieces(row, cuts)
                     if on_change:
@@ -170,6 +169,23 @@ class _Encoder:
         if _straddled(whole, [Span(edge, edge) for edge in cuts], set()):
             raise _no_clean_split(row.text, cuts[0])
         return whole
+
+    def read_ahead(self, row: Rendered, encoded: _Encoded) -> list[int]:
+        """Starts of spans before which the tokens are others than those of the same text without a continuation.
+
+        GPT-2's pattern splits white space by what follows: two line breaks are one token, or two before a letter.
+        """
+        return [span.start for span in row.spans if span.start > 0 and self._reads_ahead(row, encoded, span.start)]
+
+    def _reads_ahead(self, row: Rendered, encoded: _Encoded, edge: int) -> bool:
+        stop = bisect_left(encoded.starts, edge)
+        if row.literal:
+            literal = [(start, min(end, edge)) for start, end in row.literal if start < edge]
+            return self.encode_pieces(Rendered(row.text[:edge], [], literal), []).ids != encoded.ids[:stop]
+        # Tokenizers cut the text at control tokens first, so what stands before the last of them plays no part.
+        first = next((i for i in range(stop - 1, 0, -1) if encoded.ids[i] in self.control_ids), 0)
+        begin = encoded.starts[first] if first else 0
+        return self._encode(row.text[begin:edge], False).ids != encoded.ids[first:stop]
 
     def _encode_piece(self, row: Rendered, start: int, end: int, is_literal: bool) -> _Encoded:
         """Ids and offsets (from the piece's own start) of text[start:end]."""

@@ -135,7 +135,7 @@ class _Talk:
     def answer(self, messages: list[dict[str, str]]) -> Iterator[str]:
         """Pieces of text as they come. Closing the iterator stops the model after the token it is at."""
         prompt = encode_prompt(self.tokenizer, messages, chat_template=self.chat_template)
-        ids = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = torch.tensor([prompt.input_ids])  # (1, S)
         streamer = TextIteratorStreamer(
             self.tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )

@@ -7,16 +7,27 @@ the model's own generation config are left as they are, and only new tokens are 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.config import DecodingConfig
+from tunesmith.data.render import Rendered, control_tokens, render_prompt
+from tunesmith.data.rows import RowError
+from tunesmith.data.tokenize import tokenize
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.lookup import did_you_mean
 
 PROBE = "tunesmith"  # a text that a template passes through unchanged
+
+
+class Prompt(NamedTuple):
+    """What the model is given to continue."""
+
+    text: str
+    """For people: text that looks like a control token need not be one."""
+    input_ids: list[int]
 
 
 def encode_prompt(
@@ -24,24 +35,23 @@ def encode_prompt(
     messages: Sequence[Mapping[str, Any]],
     tools: list[dict[str, Any]] | None = None,
     chat_template: str | None = None,
-) -> str:
-    """The conversation as the model reads it, up to where its answer begins.
+    where: str = "",
+) -> Prompt:
+    """The conversation up to where its answer begins, exactly as training shows it before that answer.
 
-    Raises: DataError if there is no chat template, or if it refuses these messages.
+    Raises: TemplateError, RowError as `data.render.render_prompt` and `data.tokenize.tokenize`; each begins with
+        `where`.
     """
-    if not (chat_template or tokenizer.chat_template):
-        raise DataError("the tokenizer has no chat template, so messages cannot become a prompt. Set chat_template.")
+    rendered = render_prompt(messages, tokenizer, tools=tools, chat_template=chat_template, where=where)
+    return encode_rendered(tokenizer, rendered, where)
+
+
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Rendered, where: str = "") -> Prompt:
+    """A rendered prompt with its ids."""
     try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=tools,
-            chat_template=chat_template,
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-    except Exception as error:  # jinja2 raises what the template's author chose
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        raise DataError(f"the chat template refuses these messages (roles: {roles}): {error}") from error
+        return Prompt(rendered.text, tokenize([rendered], tokenizer)[0]["input_ids"])
+    except RowError as error:
+        raise RowError(f"{where}{error}", error.reason) from error
 
 
 def stop_token_ids(
@@ -69,13 +79,8 @@ def template_stop_id(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
         return None
     _, found, after = text.rpartition(PROBE)
     ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if found else []
-    return ids[0] if ids and ids[0] in control_ids(tokenizer) else None
-
-
-def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of the tokens that are not text."""
-    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
+    controls = tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer)))
+    return ids[0] if ids and ids[0] in controls else None
 
 
 def generation_config(
@@ -115,7 +120,7 @@ def decoding_options(decoding: DecodingConfig | Mapping[str, Any] | None) -> dic
 def generate_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
     *,
     decoding: DecodingConfig | Mapping[str, Any] | None = None,
     stop_ids: Sequence[int] | None = None,
@@ -126,7 +131,7 @@ def generate_texts(
     Args:
         model: generates on its own device; training mode comes back afterwards.
         tokenizer: not changed, whatever its padding side.
-        prompts: rendered text, tokenized without adding special tokens, or token ids.
+        prompts: token ids, `encode_prompt(...).input_ids`.
         decoding: see `DecodingConfig`.
         stop_ids: tokens that end an answer. None: `stop_token_ids`.
         progress: called with (answered, all) after each batch.
@@ -135,13 +140,15 @@ def generate_texts(
     """
     options = decoding_options(decoding)
     stop_ids = stop_token_ids(model, tokenizer) if stop_ids is None else list(stop_ids)
-    rows = _token_rows(tokenizer, prompts)
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    empty = next((index for index, prompt in enumerate(prompts) if not prompt), None)
+    if empty is not None:
+        raise DataError(f"prompt {empty} has no tokens, so there is nothing to answer. Give it some text.")
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     config = generation_config(options, stop_ids, pad_id=padding_id(tokenizer, stop_ids))
     size = options["generation_batch_size"]
     for start in range(0, len(order), size):
         batch = order[start : start + size]
-        for index, answer in zip(batch, generate_batch(model, [rows[index] for index in batch], config)):
+        for index, answer in zip(batch, generate_batch(model, [prompts[index] for index in batch], config)):
             yield index, decode_answer(tokenizer, answer, stop_ids)
         if progress:
             progress(start + len(batch), len(order))
@@ -196,16 +203,3 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_i
     stops = set(stop_ids)
     end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
     return tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _token_rows(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Sequence[Sequence[int]]
-) -> list[list[int]]:
-    if prompts and isinstance(prompts[0], str):
-        rows = tokenizer(list(prompts), add_special_tokens=False, padding=False, truncation=False)["input_ids"]
-    else:
-        rows = [list(prompt) for prompt in prompts]
-    empty = next((index for index, row in enumerate(rows) if not row), None)
-    if empty is not None:
-        raise DataError(f"prompt {empty} has no tokens, so there is nothing to answer. Give it some text.")
-    return rows

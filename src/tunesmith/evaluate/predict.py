@@ -13,8 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.config import DecodingConfig
+from tunesmith.data import IGNORE_INDEX
+from tunesmith.data.chat import place_of
+from tunesmith.data.render import Rendered, for_template, render
+from tunesmith.data.tokenize import tokenize
 from tunesmith.errors import DataError
-from tunesmith.evaluate.generate import encode_prompt, generate_texts, stop_token_ids
+from tunesmith.evaluate.generate import Prompt, encode_prompt, encode_rendered, generate_texts, stop_token_ids
 from tunesmith.evaluate.metrics import METRICS, PERCENTAGES, Metric
 from tunesmith.lookup import lookup
 from tunesmith.runs import write_text
@@ -30,7 +34,7 @@ PREDICTIONS_FILE = "generated_predictions.jsonl"
 class Question(NamedTuple):
     """What the model is asked, and the answer the example holds."""
 
-    prompt: str
+    prompt: Prompt
     """As the model reads it."""
     label: str | None
     """None where the example has no answer."""
@@ -76,7 +80,7 @@ def predict(
 
     Returns: `predict_samples`, `predict_runtime` in seconds, and the metric's figures.
         Without any label the metric is left out, with a warning in the log.
-    Raises: DataError for plain-text examples.
+    Raises: DataError for plain-text examples, and for one that cannot be rendered as training would.
     """
     path, started = Path(path), time.monotonic()
     score = lookup(METRICS, metric, "metric") if isinstance(metric, str) else metric
@@ -85,7 +89,7 @@ def predict(
     answers = generate_texts(
         model,
         tokenizer,
-        [question.prompt for question in questions],
+        [question.prompt.input_ids for question in questions],
         decoding=decoding,
         stop_ids=stop_token_ids(model, tokenizer, chat_template),
         progress=progress,
@@ -93,7 +97,7 @@ def predict(
     with open(path, "w", encoding="utf-8") as file:
         for index, answer in answers:
             question = questions[index]
-            rows[index] = {"index": index, "prompt": question.prompt, "label": question.label, "predict": answer}
+            rows[index] = {"index": index, "prompt": question.prompt.text, "label": question.label, "predict": answer}
             file.write(_line(rows[index]))
             file.flush()
     ordered = [rows[index] for index in sorted(rows)]
@@ -125,25 +129,25 @@ def ask(
     Prompt and completion strings become a user and an assistant turn where there is a chat template, as they do in
     training; without one they are read as they are.
     """
-    where = f"{example['source']} row {example.get('line', '?')}" if example.get("source") else f"example {index}"
+    where = place_of(example) or f"example {index}: "
     if example.get("text") is not None:
         raise DataError(
-            f"{where} is plain text, which has no prompt and no answer. Predict from rows with messages or with "
+            f"{where}plain text has no prompt and no answer. Predict from rows with messages or with "
             "prompt and completion; `tunesmith eval` gives the loss of plain text."
         )
     prompt, completion = example.get("prompt"), example.get("completion")
     has_template = bool(chat_template or tokenizer.chat_template)
     if isinstance(prompt, str) and not has_template:
-        return Question(_with_bos(tokenizer, prompt), completion, prompt)
+        return Question(encode_rendered(tokenizer, Rendered(prompt, [], add_bos=True), where), completion, prompt)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
     messages = example.get("messages") if prompt is None else [*prompt, *(completion or [])]
     if not messages:
-        raise DataError(f"{where} has neither messages nor a prompt, so there is nothing to answer.")
+        raise DataError(f"{where}there are neither messages nor a prompt, so there is nothing to answer.")
     first = None if prompt is None else len(prompt)
-    return _ask_messages(messages, first, example.get("tools"), tokenizer, chat_template)
+    return _ask_messages(messages, first, example.get("tools"), tokenizer, chat_template, where)
 
 
 def _ask_messages(
@@ -152,40 +156,38 @@ def _ask_messages(
     tools: list[dict[str, Any]] | None,
     tokenizer: "PreTrainedTokenizerBase",
     chat_template: str | None,
+    where: str,
 ) -> Question:
     """`first`: index of the completion's first message, where the example has one."""
-    plain = [_for_template(message) for message in messages]
+    plain = [for_template(message) for message in messages]
     answers = [
         place for place, message in enumerate(plain) if message["role"] == "assistant" and place >= (first or 0)
     ]
     end = answers[-1] if answers else len(plain)
-    prompt = encode_prompt(tokenizer, plain[:end], tools, chat_template)
-    label = _label(plain[: end + 1], prompt, tools, tokenizer, chat_template) if answers else None
+    prompt = encode_prompt(tokenizer, plain[:end], tools, chat_template, where)
+    label = _label(plain[: end + 1], tools, tokenizer, chat_template) if answers else None
     asked = [message for message in plain[:end] if message["role"] != "assistant"]
-    return Question(prompt, label, _content(asked[-1]) if asked else prompt)
+    return Question(prompt, label, _content(asked[-1]) if asked else prompt.text)
 
 
 def _label(
     messages: list[dict[str, Any]],
-    prompt: str,
     tools: list[dict[str, Any]] | None,
     tokenizer: "PreTrainedTokenizerBase",
     chat_template: str | None,
 ) -> str:
-    """The last message as the model should write it: its content, or with tool calls what the template makes of it."""
+    """The last message as the model should write it: its content, or with tool calls what training makes of it."""
     last = messages[-1]
     if isinstance(last.get("content"), str) and not last.get("tool_calls"):
         return last["content"]
-    text = tokenizer.apply_chat_template(messages, tools=tools, chat_template=chat_template, tokenize=False)
-    if not text.startswith(prompt):
+    example = {"messages": messages, "tools": tools}
+    try:
+        rendered = render(example, tokenizer, train_on="last_turn", chat_template=chat_template)
+        labels = tokenize([rendered], tokenizer)[0]["labels"]
+    except DataError:  # nothing that could be trained; the prompt can be answered all the same
         return _content(last) or json.dumps(last.get("tool_calls"), ensure_ascii=False)
-    ids = tokenizer(text[len(prompt) :], add_special_tokens=False)["input_ids"]
+    ids = [label for label in labels if label != IGNORE_INDEX]
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-
-
-def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Without tunesmith's own keys, and without None, which templates write out as 'None'."""
-    return {key: value for key, value in message.items() if value is not None and key not in ("train", "weight")}
 
 
 def _content(message: Mapping[str, Any]) -> str:
@@ -193,14 +195,6 @@ def _content(message: Mapping[str, Any]) -> str:
     if isinstance(content, str):
         return content
     return " ".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
-
-
-def _with_bos(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
-    """The text behind the tokenizer's BOS, where it has the habit of putting one there."""
-    bos = tokenizer.bos_token
-    if bos is None or text.startswith(bos):
-        return text
-    return bos + text if tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id] else text
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -16,6 +16,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tunesmith.evaluate.generate import generate_texts
+from tunesmith.evaluate.predict import ask
 from tunesmith.runs import Run, append_line
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TRAINER_LOG_FILE = "trainer_log.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 STATUS_SECONDS = 1.0  # status.json is synced to disk: not more often than a page reads it
 
 
@@ -175,6 +178,32 @@ class RunLogCallback(TrainerCallback):
             tokens_per_second=_rounded(self.pace.tokens_per_second),
             eta_seconds=_rounded(self.pace.remaining(state.max_steps)),
         )
+
+
+class SampleCallback(TrainerCallback):
+    """Answers a few held-out prompts at every evaluation, into `samples.jsonl`: step, prompt, label, predict.
+
+    Args:
+        run: the run that is written to.
+        examples: held-out examples with messages or prompt and completion.
+        tokenizer: read, not changed.
+        decoding: how answers are generated.
+    """
+
+    def __init__(self, run: Run, examples: Sequence[Mapping[str, Any]], tokenizer: Any, decoding: Any) -> None:
+        self.run, self.tokenizer, self.decoding = run, tokenizer, decoding
+        self.questions = [ask(example, tokenizer, index=index) for index, example in enumerate(examples)]
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        prompts = [question.prompt.input_ids for question in self.questions]
+        answers = dict(generate_texts(kwargs["model"], self.tokenizer, prompts, decoding=self.decoding))
+        for index, question in enumerate(self.questions):
+            row = {"step": state.global_step, "prompt": question.asked, "label": question.label}
+            append_line(self.run.path / SAMPLES_FILE, {**row, "predict": answers[index]})
 
 
 class ProgressCallback(TrainerCallback):
