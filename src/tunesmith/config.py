@@ -167,7 +167,7 @@ class DecodingConfig:
     """Beams of beam search. 1: none."""
     repetition_penalty: Annotated[float, Gt(0)] = 1.0
     """Divides the logits of tokens already written. 1: none."""
-    generation_batch_size: Annotated[int, Ge(1)] = 8
+    generation_batch_size: Annotated[int, Ge(1)] = 16
     """Prompts answered at once."""
 
 
