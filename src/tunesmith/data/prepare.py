@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 
 from tunesmith.data import IGNORE_INDEX
-from tunesmith.data.chat import place_of
+from tunesmith.data.chat_template import place_of
 from tunesmith.data.detect import describe_format, detect_format
 from tunesmith.data.normalize import Example, count_duplicates, normalize
 from tunesmith.data.render import Rendered, drop_oldest_turns, render

@@ -15,7 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from tunesmith.data.chat import Chat, place_of, refusal
+from tunesmith.data.chat_template import Chat, place_of, refusal
 from tunesmith.data.rows import RowError
 from tunesmith.data.spans import Span, prompt_text, trained_turns, turn_spans
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
-from tunesmith.data.chat import Chat
+from tunesmith.data.chat_template import Chat
 from tunesmith.data.rows import RowError
 from tunesmith.errors import TemplateError
 

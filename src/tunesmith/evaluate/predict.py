@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tunesmith.config import DecodingConfig
 from tunesmith.data import IGNORE_INDEX
-from tunesmith.data.chat import place_of
+from tunesmith.data.chat_template import place_of
 from tunesmith.data.render import Rendered, for_template, render
 from tunesmith.data.tokenize import tokenize
 from tunesmith.errors import DataError
