@@ -37,8 +37,9 @@ class Words(NamedTuple):
 
 
 ITEMS = Words(
-    ["mug", "candle", "notebook", "lamp", "backpack", "blanket", "teapot", "umbrella", "pillow", "basket", "brush"],
-    ["bottle", "towel"],
+    ["mug", "candle", "notebook", "lamp", "backpack", "blanket", "teapot", "umbrella", "pillow", "basket"]
+    + ["brush", "towel", "plate", "clock", "kettle", "bowl", "chair", "poster", "vase", "shirt"],
+    ["bottle", "jacket"],
 )
 PLURALS = {"brush": "brushes"}
 COLORS = ["red", "blue", "green", "black", "white", "yellow", "purple", "grey", "orange", "pink"]

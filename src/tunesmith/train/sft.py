@@ -49,6 +49,8 @@ class SFTConfig(TrainingFields, Seq2SeqTrainingArguments):
         for name, unset in NOT_DONE.items():
             if getattr(self, name) != unset:
                 raise ConfigError(f"{name}: SFTTrainer's own loss does not know it yet. Remove it.")
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers refuses bf16 on a CPU that it was not told to use
         # transformers 5.2x renamed gradient_checkpointing; `None` (choose for me) must survive its defaults
         asked = self.gradient_checkpointing
         if hasattr(self, "activation_checkpointing"):
