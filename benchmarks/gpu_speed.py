@@ -16,7 +16,8 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from tests.tiny import make_byte_tokenizer
-from tunesmith.train.sft import SFTConfig, SFTTrainer
+from tunesmith.train.options import SFTConfig
+from tunesmith.train.sft import SFTTrainer
 
 # Qwen2.5-0.5B's sizes in a Llama: hidden 896, 24 layers, 14 heads over 2, a vocabulary of 152k
 SHAPE = {

@@ -36,11 +36,9 @@ class Words(NamedTuple):
     heldout: list[str]
 
 
-ITEMS = Words(
-    ["mug", "candle", "notebook", "lamp", "backpack", "blanket", "teapot", "umbrella", "pillow", "basket"]
-    + ["brush", "towel", "plate", "clock", "kettle", "bowl", "chair", "poster", "vase", "shirt"],
-    ["bottle", "jacket"],
-)
+HOME = ["candle", "lamp", "blanket", "pillow", "basket", "brush", "towel", "clock", "chair", "poster", "vase"]
+KITCHEN = ["mug", "teapot", "plate", "kettle", "bowl"]
+ITEMS = Words([*HOME, *KITCHEN, "notebook", "backpack", "umbrella", "shirt"], ["bottle", "jacket"])
 PLURALS = {"brush": "brushes"}
 COLORS = ["red", "blue", "green", "black", "white", "yellow", "purple", "grey", "orange", "pink"]
 EUROPE = ["Oslo", "Paris", "Berlin", "Madrid", "Lisbon", "Vienna", "Dublin", "Prague", "Athens", "Rome", "Hamburg"]

@@ -11,7 +11,8 @@ from tunesmith.data.load import load_rows
 from tunesmith.data.prepare import prepare
 from tunesmith.data.report import Report
 from tunesmith.model.load import load_model, load_tokenizer
-from tunesmith.train.sft import SFTConfig, SFTTrainer
+from tunesmith.train.options import SFTConfig
+from tunesmith.train.sft import SFTTrainer
 
 pytestmark = [pytest.mark.real, needs_model]
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "SFTTrainer": "train.sft",
-    "SFTConfig": "train.sft",
+    "SFTConfig": "train.options",
     "ModelConfig": "config",
     "DataConfig": "config",
     "DecodingConfig": "config",

@@ -34,7 +34,8 @@ from tunesmith.model.load import adapter_base, load_any, load_tokenizer, model_m
 from tunesmith.recipe import Recipe, load_recipe, resolved
 from tunesmith.runs import Run, prepare_output_dir
 from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, SampleCallback, plot_loss, use_progress
-from tunesmith.train.sft import SFTConfig, SFTTrainer
+from tunesmith.train.options import SFTConfig
+from tunesmith.train.sft import SFTTrainer
 
 SHOWN_COMPARISONS = 5
 DEFAULT_SEED = 42

@@ -4,7 +4,8 @@ import datasets
 import torch
 
 from tunesmith.data import IGNORE_INDEX
-from tunesmith.train.sft import SFTConfig, SFTTrainer
+from tunesmith.train.options import SFTConfig
+from tunesmith.train.sft import SFTTrainer
 
 LENGTHS = (9, 4, 14, 6, 11, 5, 8, 17)
 

@@ -4,6 +4,7 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import set_seed
 
 from tests.train.rows import (
     LENGTHS,
@@ -16,7 +17,8 @@ from tests.train.rows import (
 from tunesmith.data.pack import pack
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.train.collate import FlatCollator, PaddedCollator
-from tunesmith.train.sft import SFTConfig, SFTTrainer
+from tunesmith.train.options import SFTConfig
+from tunesmith.train.sft import SFTTrainer
 
 LAYOUTS = {
     "flat": {},
@@ -46,10 +48,11 @@ def test_every_layout_equals_a_plain_loop_with_lora(make_tiny_model, byte_tokeni
     from peft import get_peft_model
 
     rows, config = token_rows(), LoraConfig(**{**LORA.to_dict(), **extra})
-    torch.manual_seed(1)
-    expected = reference_gradients(get_peft_model(make_tiny_model(), config), rows)
-    torch.manual_seed(1)
-    trainer = make_trainer(make_tiny_model(), byte_tokenizer, rows, tmp_path, peft_config=config, **LAYOUTS[layout])
+    model = make_tiny_model()
+    set_seed(7)
+    expected = reference_gradients(get_peft_model(model, config), rows)
+    options = {**LAYOUTS[layout], "peft_config": config, "seed": 7}
+    trainer = make_trainer(make_tiny_model(), byte_tokenizer, rows, tmp_path, **options)
     assert_same(first_gradients(trainer), expected)
 
 
@@ -253,7 +256,7 @@ def test_half_precision_weights_are_trained_in_float32(make_tiny_model, byte_tok
 
 
 def test_precision_is_chosen_and_said(make_tiny_model, byte_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("tunesmith.train.sft.bf16_is_faster", lambda device: True)
+    monkeypatch.setattr("tunesmith.train.choose.bf16_is_faster", lambda device: True)
     trainer = make_trainer(make_tiny_model(), byte_tokenizer, token_rows(), tmp_path, bf16=None, max_steps=1)
     assert trainer.args.bf16
     assert trainer.accelerator.mixed_precision == "bf16"
@@ -330,3 +333,28 @@ def test_a_tokenizer_larger_than_the_model_is_refused(make_tiny_model, byte_toke
     small = make_tiny_model(vocab_size=100, pad_token_id=None, bos_token_id=1, eos_token_id=2)
     with pytest.raises(ModelError, match=r"259 tokens but the model only 100 embeddings"):
         make_trainer(small, byte_tokenizer, token_rows(), tmp_path)
+
+
+def test_a_template_of_ones_own_is_used_and_the_callers_tokenizer_stays(make_tiny_model, byte_tokenizer, tmp_path):
+    rows = datasets.Dataset.from_list([{"instruction": "Say hi", "output": "hi"}] * 4)
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    before = byte_tokenizer.chat_template
+    options = {"chat_template": template, "max_length": None}
+    trainer = make_trainer(make_tiny_model(), byte_tokenizer, rows, tmp_path, **options)
+    assert byte_tokenizer.decode(trainer.train_dataset[0]["input_ids"]).startswith("[user]Say hi")
+    assert trainer.processing_class.chat_template == template
+    assert byte_tokenizer.chat_template == before
+    assert trainer.max_length == 2048  # what the model was built for
+
+
+def test_the_seed_decides_an_adapters_first_weights(make_tiny_model, byte_tokenizer, tmp_path):
+    def first_weights(seed):
+        torch.manual_seed(torch.seed() % 2**31)
+        config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        trainer = make_trainer(
+            make_tiny_model(), byte_tokenizer, token_rows(), tmp_path, seed=seed, peft_config=config
+        )
+        return next(value for name, value in trainer.model.named_parameters() if "lora_A" in name)
+
+    assert torch.equal(first_weights(1), first_weights(1))
+    assert not torch.equal(first_weights(1), first_weights(2))

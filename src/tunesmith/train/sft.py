@@ -4,62 +4,38 @@ import copy
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers import (
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.trainer_utils import EvalLoopOutput
 
 from tunesmith import allocator
-from tunesmith.config import TrainingFields
 from tunesmith.data.load import Row
 from tunesmith.data.pack import pack
 from tunesmith.data.prepare import prepare
 from tunesmith.data.report import Report
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.model.adapt import attach, count_parameters, upcast_trainable
+from tunesmith.model.adapt import attach, count_parameters
 from tunesmith.model.attention import attention_configs, documents_attend
-from tunesmith.model.capabilities import Support, activations_fit, bf16_is_faster, probe_model
-from tunesmith.model.load import check_vocabulary, load_model, load_tokenizer
+from tunesmith.model.capabilities import Support, probe_model
+from tunesmith.model.load import check_vocabulary, load_model, load_tokenizer, read_template
 from tunesmith.train.batching import EpochSampler, TokenBudgetSampler
+from tunesmith.train.choose import settled
 from tunesmith.train.collate import FlatCollator, PaddedCollator, loss_positions
 from tunesmith.train.head import HeadLoss, loss_in_head
 from tunesmith.train.loss import TokenLoss
+from tunesmith.train.options import SFTConfig
 
 MODEL_COLUMNS = ("input_ids", "labels", "weights", "seq_lengths")
-NOT_DONE = {"label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "predict_with_generate": False}
 HOST_KEYS = ("labels", "loss_index", "loss_targets", "loss_weights", "num_tokens")
-
-
-@dataclass
-class SFTConfig(TrainingFields, Seq2SeqTrainingArguments):
-    """All options of `SFTTrainer`: tunesmith's own (`TrainingFields`) and those of `Seq2SeqTrainingArguments`.
-
-    `bf16`, `gradient_checkpointing` and `padding_free` may be `None`: the trainer chooses for hardware and model.
-    """
-
-    model_init_kwargs: dict[str, Any] | None = None
-    """Arguments of `from_pretrained` when the trainer is given a model's name."""
-
-    def __post_init__(self):
-        for name, unset in NOT_DONE.items():
-            if getattr(self, name) != unset:
-                raise ConfigError(f"{name}: SFTTrainer's own loss does not know it yet. Remove it.")
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # transformers refuses bf16 on a CPU that it was not told to use
-        # transformers 5.2x renamed gradient_checkpointing; `None` (choose for me) must survive its defaults
-        asked = self.gradient_checkpointing
-        if hasattr(self, "activation_checkpointing"):
-            asked = self.activation_checkpointing if asked is None else asked
-            self.activation_checkpointing, self.gradient_checkpointing = asked, None
-        self.choose_checkpointing = asked is None
-        super().__post_init__()
-        if self.gradient_checkpointing is None:
-            self.gradient_checkpointing = False
 
 
 class SFTTrainer(Seq2SeqTrainer):
@@ -100,15 +76,16 @@ class SFTTrainer(Seq2SeqTrainer):
         if args.device.type == "cpu":
             allocator.tune()
         model = named_model(model, args)
-        tokenizer = processing_class or load_tokenizer(model.config._name_or_path, chat_template=args.chat_template)
+        tokenizer = templated(processing_class or load_tokenizer(model.config._name_or_path), args.chat_template)
         check_vocabulary(model, tokenizer)
         if peft_config is not None:
+            set_seed(args.seed)  # adapters draw their first weights
             model = attach(model, peft_config)
+        self.max_length = args.max_length or longest_input(model, tokenizer)
         self.reports: dict[str, Report] = {}
         train_dataset = self._prepared("train_dataset", train_dataset, tokenizer, args)
         eval_dataset = self._prepared("eval_dataset", eval_dataset, tokenizer, args)
-        self.choices: list[str] = []
-        args = self._chosen(args, model, train_dataset)
+        args, self.choices = settled(args, model, train_dataset)
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
@@ -148,46 +125,15 @@ class SFTTrainer(Seq2SeqTrainer):
                 columns={"text": args.dataset_text_field} if args.dataset_text_field != "text" else None,
                 train_on=args.train_on,
                 too_long=args.too_long,
-                max_length=args.max_length,
+                max_length=self.max_length,
             )
             self.reports[name].check(max_drop_ratio=1.0)
         elif "labels" not in dataset.column_names:
             dataset = dataset.add_column("labels", dataset["input_ids"])
         packing = args.packing if name == "train_dataset" or args.eval_packing is None else args.eval_packing
         if packing and "seq_lengths" not in dataset.column_names:
-            return pack(dataset, args.max_length or model_limit(tokenizer), args.packing_strategy)
+            return pack(dataset, self.max_length, args.packing_strategy)
         return dataset
-
-    def _chosen(self, args: SFTConfig, model: nn.Module, train_dataset: Any) -> SFTConfig:
-        """A copy of `args` with precision and checkpointing decided for this machine; the caller's stays as it is."""
-        args = copy.copy(args)
-        device = args.device
-        if args.upcast_trainable and not args.fp16 and (count := upcast_trainable(model)):
-            self.choices.append(
-                f"weights: {count} trained tensors held in float32 (half precision loses small updates)"
-            )
-        if args.bf16 is None:
-            args.bf16 = not args.fp16 and bf16_is_faster(device)
-            why = (
-                "the faster here, weights stay float32"
-                if args.bf16
-                else f"bfloat16 is not faster on this {device.type}"
-            )
-            self.choices.append(f"precision: {'bfloat16' if args.bf16 else 'float32'} products ({why})")
-        args.mixed_precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
-        if args.choose_checkpointing and train_dataset is not None:
-            tokens = longest_batch(train_dataset, args)
-            fits = activations_fit(model, tokens, bytes_per_value=2 if args.bf16 else 4, device=device)
-            args.gradient_checkpointing = not fits
-            said = "off (activations fit)" if fits else "on (activations would not fit)"
-            self.choices.append(f"gradient checkpointing: {said}, {tokens:,} tokens in the largest micro-batch")
-        if hasattr(args, "activation_checkpointing"):
-            args.activation_checkpointing = args.gradient_checkpointing
-        if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
-            args.gradient_checkpointing_kwargs = {"use_reentrant": False}
-            if hasattr(args, "activation_checkpointing_kwargs"):
-                args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs
-        return args
 
     def _probe(self, data_collator: Callable | None) -> Support:
         """Find out how this model may be fed, set the collator, and say what was chosen."""
@@ -274,14 +220,7 @@ class SFTTrainer(Seq2SeqTrainer):
 
     def _token_loss(self, model: nn.Module, inputs: dict[str, Any], count_correct: bool = False) -> TokenLoss:
         """Run the model with the loss formed in its head."""
-        positions = inputs if "loss_index" in inputs else loss_positions(inputs["labels"])
-        request = HeadLoss(
-            positions["loss_index"],
-            positions["loss_targets"],
-            positions.get("loss_weights"),
-            self.support.plain_head,
-            count_correct,
-        )
+        request = loss_request(inputs, plain_head=self.support.plain_head, count_correct=count_correct)
         batch = {key: value for key, value in inputs.items() if key not in HOST_KEYS}
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         with loss_in_head(head, request):
@@ -293,11 +232,8 @@ class SFTTrainer(Seq2SeqTrainer):
         batch = {key: value for key, value in inputs.items() if key not in HOST_KEYS}
         with self._attention():
             outputs = model(**batch, use_cache=False)
-        positions = inputs if "loss_index" in inputs else loss_positions(inputs["labels"])
-        rows = outputs.logits.reshape(-1, outputs.logits.shape[-1])[positions["loss_index"]]
-        request = HeadLoss(
-            positions["loss_index"], positions["loss_targets"], positions.get("loss_weights"), plain_head=False
-        )
+        request = loss_request(inputs, plain_head=False)
+        rows = outputs.logits.reshape(-1, outputs.logits.shape[-1])[request.index]
         return request.from_logits(rows).loss / step_weight(inputs), outputs
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | float | None:
@@ -328,27 +264,12 @@ class SFTTrainer(Seq2SeqTrainer):
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        model = (
-            self.model_wrapped
-            if self.is_in_train
-            else self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        )
+        model = self.model_wrapped
+        if not self.is_in_train and not self.accelerator._models:
+            model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
-        sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # loss, weight, correct, tokens
-        for inputs in dataloader:
-            inputs = self._prepare_inputs(inputs)
-            with torch.no_grad(), self._attention():
-                found = self._token_loss(model, inputs, count_correct=True)
-            count = loss_positions(inputs["labels"])["loss_index"].numel()
-            sums += torch.stack(
-                [
-                    torch.as_tensor(value, dtype=torch.float64, device=sums.device)
-                    for value in (found.loss, step_weight(inputs), found.correct, count)
-                ]
-            )
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        loss, weight, correct, count = self.accelerator.reduce(sums, "sum").tolist()
+        loss, weight, correct, count = self._summed(model, dataloader)
         if count == 0:
             raise ConfigError("the evaluation set has no trained token, so it has no loss.")
         metrics = {"loss": loss / weight, "perplexity": perplexity(loss / weight), "token_accuracy": correct / count}
@@ -356,6 +277,19 @@ class SFTTrainer(Seq2SeqTrainer):
         return EvalLoopOutput(
             predictions=None, label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader)
         )
+
+    def _summed(self, model: nn.Module, dataloader: DataLoader) -> list[float]:
+        """Loss, weight, likeliest-token hits and trained tokens, over all batches and ranks; one wait at the end."""
+        exact = torch.float32 if self.args.device.type == "mps" else torch.float64  # mps has no float64
+        sums = torch.zeros(4, dtype=exact, device=self.args.device)
+        for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad(), self._attention():
+                found = self._token_loss(model, inputs, count_correct=True)
+            figures = (found.loss, step_weight(inputs), found.correct, loss_request(inputs).targets.numel())
+            sums += torch.stack([torch.as_tensor(figure, dtype=exact, device=sums.device) for figure in figures])
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        return self.accelerator.reduce(sums, "sum").tolist()
 
     # ---- after ---------------------------------------------------------------------------------------------------
 
@@ -381,28 +315,33 @@ def named_model(model: nn.Module | str | None, args: SFTConfig) -> nn.Module:
     return model
 
 
-def model_limit(tokenizer: PreTrainedTokenizerBase, otherwise: int = 1024) -> int:
-    """Longest input the tokenizer names; `otherwise` where it names none."""
-    return tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else otherwise
+def templated(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy that has `chat_template`; the caller's stays as it is."""
+    if chat_template is None or tokenizer.chat_template == read_template(chat_template):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = read_template(chat_template)
+    return tokenizer
 
 
-def longest_batch(dataset: Any, args: SFTConfig) -> int:
-    """Tokens in the largest micro-batch that can come up."""
-    if args.tokens_per_batch is not None:
-        return args.tokens_per_batch
-    if not isinstance(dataset, datasets.Dataset):
-        return args.per_device_train_batch_size * (args.max_length or 1024)
-    lengths = sorted((len(ids) for ids in dataset["input_ids"]), reverse=True)
-    return sum(lengths[: args.per_device_train_batch_size])
+def longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerBase, otherwise: int = 1024) -> int:
+    """Longest input, in tokens, that the model or its tokenizer names; `otherwise` where neither does."""
+    config = getattr(model, "config", None)
+    named = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+    return named or (tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else otherwise)
+
+
+def loss_request(inputs: dict[str, Any], **options: Any) -> HeadLoss:
+    """Where the loss of a batch is formed: as our collators found it, or found here for other people's."""
+    found = inputs if "loss_index" in inputs else loss_positions(inputs["labels"])
+    return HeadLoss(found["loss_index"], found["loss_targets"], found.get("loss_weights"), **options)
 
 
 def step_weight(inputs: dict[str, Any]) -> Tensor | float:
     """Weight of a micro-batch's trained tokens, at least a hair above none."""
     if "loss_weights" in inputs:
         return inputs["loss_weights"].sum().clamp(min=1e-12)
-    if "loss_targets" in inputs:
-        return max(inputs["loss_targets"].numel(), 1e-12)
-    return max(loss_positions(inputs["labels"])["loss_index"].numel(), 1e-12)
+    return max(loss_request(inputs).targets.numel(), 1e-12)
 
 
 def real_tokens(inputs: dict[str, Any]) -> int:

@@ -1,0 +1,56 @@
+"""What the options leave open, chosen for this model and machine at start-up, each choice with a line on why."""
+
+import copy
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+
+from tunesmith.model.adapt import upcast_trainable
+from tunesmith.model.capabilities import activations_fit, bf16_is_faster
+from tunesmith.train.options import SFTConfig
+
+
+def settled(args: SFTConfig, model: nn.Module, train_dataset: Any) -> tuple[SFTConfig, list[str]]:
+    """A copy of `args` with nothing left open, and the lines to say; `model`'s trained weights become float32."""
+    args, lines = copy.copy(args), []
+    if args.upcast_trainable and not args.fp16 and (count := upcast_trainable(model)):
+        lines.append(f"weights: {count} trained tensors held in float32 (half precision loses small updates)")
+    if args.bf16 is None:
+        lines.append(choose_precision(args, args.device))
+    args.mixed_precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
+    if args.choose_checkpointing and train_dataset is not None:
+        lines.append(choose_checkpointing(args, model, longest_batch(train_dataset, args)))
+    if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
+        args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    if hasattr(args, "activation_checkpointing"):  # the names since transformers 5.2x
+        args.activation_checkpointing = args.gradient_checkpointing
+        args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs
+    return args, lines
+
+
+def choose_precision(args: SFTConfig, device: torch.device) -> str:
+    """Set `args.bf16` by a timed probe; returns the line."""
+    args.bf16 = not args.fp16 and bf16_is_faster(device)
+    if args.bf16:
+        return "precision: bfloat16 products (the faster here, weights stay float32)"
+    return f"precision: float32 products (bfloat16 is not faster on this {device.type})"
+
+
+def choose_checkpointing(args: SFTConfig, model: nn.Module, tokens: int) -> str:
+    """Set `args.gradient_checkpointing` by an estimate for micro-batches of `tokens`; returns the line."""
+    fits = activations_fit(model, tokens, bytes_per_value=2 if args.bf16 else 4, device=args.device)
+    args.gradient_checkpointing = not fits
+    said = "off (activations fit)" if fits else "on (activations would not fit)"
+    return f"gradient checkpointing: {said}, {tokens:,} tokens in the largest micro-batch"
+
+
+def longest_batch(dataset: Any, args: SFTConfig) -> int:
+    """Tokens in the largest micro-batch that can come up."""
+    if args.tokens_per_batch is not None:
+        return args.tokens_per_batch
+    if not isinstance(dataset, datasets.Dataset):
+        return args.per_device_train_batch_size * (args.max_length or 1024)
+    lengths = sorted((len(ids) for ids in dataset["input_ids"]), reverse=True)
+    return sum(lengths[: args.per_device_train_batch_size])
