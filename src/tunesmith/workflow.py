@@ -25,6 +25,7 @@ from tunesmith.data.report import Report, preview
 from tunesmith.deliver.chat import chat as talk
 from tunesmith.deliver.merge import merge
 from tunesmith.errors import CheckpointError, ConfigError
+from tunesmith.evaluate.metrics import METRICS
 from tunesmith.evaluate.predict import before_after_table, comparisons
 from tunesmith.evaluate.predict import predict as answer
 from tunesmith.lookup import lookup
@@ -254,15 +255,25 @@ def compare(
     if not examples:
         return {}
     console.out(f"answering {len(examples)} held-out prompts {when} training", highlight=False)
-    found = answer(
-        trainer.model,
-        trainer.processing_class,
-        examples,
-        folder.path / f"predictions_{when}.jsonl",
-        decoding=recipe.decoding,
-        metric=recipe.run.compare_metric,
-    )
+    path = folder.path / f"predictions_{when}.jsonl"
+    found = answered(recipe, trainer.model, trainer.processing_class, examples, path, console)
     return {key: value for key, value in found.items() if not key.startswith("predict_")}
+
+
+def answered(
+    recipe: Recipe, model: nn.Module, tokenizer: Any, examples: Sequence[Example], path: Path, console: Console
+) -> dict[str, float]:
+    """Answer the examples into a file, with a count on a terminal; returns the figures."""
+    with console.status(f"answering {len(examples)} prompts") as status:
+        return answer(
+            model,
+            tokenizer,
+            examples,
+            path,
+            decoding=recipe.decoding,
+            metric=recipe.run.compare_metric,
+            progress=lambda done, total: status.update(f"answered {done} of {total} prompts"),
+        )
 
 
 def finish(recipe: Recipe, trainer: SFTTrainer, folder: Run, metrics: dict[str, Any]) -> dict[str, float]:
@@ -293,17 +304,16 @@ def show_results(
     speed = metrics["train_tokens"] / max(metrics["train_runtime"], 1e-9)
     what = "adapter" if recipe.model.adapter == "lora" else "model"
     lines = [
-        f"trained in {clock(metrics['train_runtime'])}: {metrics['train_tokens']:,} tokens, {speed:,.0f} tokens/s",
-        *(
-            [f"held-out loss {metrics['eval_loss']:.3f}, token accuracy {metrics['eval_token_accuracy']:.1%}"]
-            if "eval_loss" in metrics
-            else []
-        ),
-        f"{what + ':':11}{folder.path}",
-        *([f"loss curve: {folder.path / 'training_loss.png'}"] if recipe.run.plot_loss else []),
-        f"log:       {folder.path / 'metrics.jsonl'}",
-        f"next:      tunesmith chat {folder.path}",
+        f"trained in {clock(metrics['train_runtime'])}: {metrics['train_tokens']:,} tokens, {speed:,.0f} tokens/s"
     ]
+    if "eval_loss" in metrics:
+        accuracy = metrics["eval_token_accuracy"]
+        lines.append(f"held-out loss {metrics['eval_loss']:.3f}, token accuracy {accuracy:.1%}")
+    lines.append(f"{what + ':':12}{folder.path}")
+    if recipe.run.plot_loss:
+        lines.append(f"{'loss curve:':12}{folder.path / 'training_loss.png'}")
+    lines.append(f"{'log:':12}{folder.path / 'metrics.jsonl'}")
+    lines.append(f"{'next:':12}tunesmith chat {folder.path}")
     for line in lines:
         console.out(line, highlight=False)
 
@@ -384,29 +394,13 @@ def predict(recipe: Recipe, output: Path = Path("generated_predictions.jsonl")) 
     """Answer every prompt of `eval_dataset` into a JSON-lines file and score the answers."""
     console = Console()
     examples, tokenizer = held_out_examples(recipe)
-    lookup_metric(recipe)
+    lookup(METRICS, recipe.run.compare_metric, "metric")  # before the model loads
     model = usable_model(recipe)
-    with console.status(f"answering {len(examples)} prompts") as status:
-        metrics = answer(
-            model,
-            tokenizer,
-            examples,
-            output,
-            decoding=recipe.decoding,
-            metric=recipe.run.compare_metric,
-            progress=lambda done, total: status.update(f"answered {done} of {total} prompts"),
-        )
+    metrics = answered(recipe, model, tokenizer, examples, output, console)
     for name, value in metrics.items():
         console.out(f"{name.replace('_', ' '):20}{value:.2f}", highlight=False)
     console.out(f"{'answers':20}{output}", highlight=False)
     return metrics
-
-
-def lookup_metric(recipe: Recipe) -> None:
-    """Fail on an unknown metric before the model loads."""
-    from tunesmith.evaluate.metrics import METRICS
-
-    lookup(METRICS, recipe.run.compare_metric, "metric")
 
 
 def chat(recipe: Recipe, system: str | None = None) -> None:
