@@ -96,6 +96,7 @@ def verify(path: Path, sha256: str) -> None:
 def convert(gguf: Path, folder: Path) -> None:
     """Write the GGUF's weights in float32 safetensors, its tokenizer and its chat template."""
     say("Converting it to safetensors, once (about 20 s) ...")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # three progress bars for a few seconds' work
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

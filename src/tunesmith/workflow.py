@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -300,6 +301,8 @@ def show_results(
     if after:
         answers = (folder.path / f"predictions_{when}.jsonl" for when in ("before", "after"))
         shown = comparisons(data.evaluation_examples, tokenizer, *answers, limit=SHOWN_COMPARISONS)
+        compared = min(recipe.run.compare_rows, len(data.evaluation_examples))
+        console.out(f"{compared} held-out prompts answered before and after training, {len(shown)} of them:")
         before_after_table(shown, console, before, after)
     speed = metrics["train_tokens"] / max(metrics["train_runtime"], 1e-9)
     what = "adapter" if recipe.model.adapter == "lora" else "model"
@@ -313,9 +316,17 @@ def show_results(
     if recipe.run.plot_loss:
         lines.append(f"{'loss curve:':12}{folder.path / 'training_loss.png'}")
     lines.append(f"{'log:':12}{folder.path / 'metrics.jsonl'}")
-    lines.append(f"{'next:':12}tunesmith chat {folder.path}")
+    lines.append(f"{'next:':12}{own_command()} chat {folder.path}")
     for line in lines:
         console.out(line, highlight=False)
+
+
+def own_command() -> str:
+    """What to type for this program here: its name, or its path where the shell would not find the name."""
+    called = Path(sys.argv[0])
+    if called.name != "tunesmith":
+        return "python -m tunesmith"
+    return "tunesmith" if shutil.which("tunesmith") else os.path.relpath(called)
 
 
 def clock(seconds: float) -> str:
