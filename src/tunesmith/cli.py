@@ -130,12 +130,10 @@ def recipe_and_flags(recipe: str | None, ctx: typer.Context) -> tuple[str | None
     return recipe, list(ctx.args)
 
 
-def quiet_workflow() -> ModuleType:
-    """The workflow, with the terminal left to it: other libraries' bars and hints go, their errors stay."""
+def quiet_libraries() -> None:
+    """Leave the terminal to the command: other libraries' bars and hints go, their errors stay."""
     import datasets
     import transformers
-
-    from tunesmith import workflow
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -143,6 +141,13 @@ def quiet_workflow() -> ModuleType:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def quiet_workflow() -> ModuleType:
+    """The workflow, with the terminal left to it."""
+    quiet_libraries()
+    from tunesmith import workflow
+
     return workflow
 
 
@@ -250,6 +255,7 @@ def merge_adapter(
 ) -> None:
     """Merge a LoRA adapter into its base model and check the result."""
     with errors_reported(show_traceback):
+        quiet_libraries()
         from tunesmith.deliver.merge import merge
 
         merge(adapter, output, base=base, overwrite=overwrite)

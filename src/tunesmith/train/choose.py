@@ -15,6 +15,11 @@ from tunesmith.train.options import SFTConfig
 def settled(args: SFTConfig, model: nn.Module, train_dataset: Any) -> tuple[SFTConfig, list[str]]:
     """A copy of `args` with nothing left open, and the lines to say; `model`'s trained weights become float32."""
     args, lines = copy.copy(args), []
+    if args.n_gpu > 1:
+        lines.append(
+            f"devices: one of {args.n_gpu} GPUs (start with torchrun --nproc_per_node {args.n_gpu} to use all)"
+        )
+        args._n_gpu = 1  # transformers would split each batch with DataParallel, which knows no document boundaries
     if args.upcast_trainable and not args.fp16 and (count := upcast_trainable(model)):
         lines.append(f"weights: {count} trained tensors held in float32 (half precision loses small updates)")
     if args.bf16 is None:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import (
     PreTrainedTokenizerBase,
     Seq2SeqTrainer,
@@ -114,6 +115,10 @@ class SFTTrainer(Seq2SeqTrainer):
             return None
         if isinstance(dataset, dict):
             return {key: self._prepared(f"{name}[{key}]", part, tokenizer, args) for key, part in dataset.items()}
+        if isinstance(dataset, IterableDataset | datasets.IterableDataset):
+            raise ConfigError(
+                f"{name}: streamed datasets are not supported yet. Give a datasets.Dataset or a list of rows."
+            )
         if "input_ids" not in (getattr(dataset, "column_names", None) or []):
             self.reports[name] = Report()
             rows = [Row(dict(row), name, number) for number, row in enumerate(dataset, 1)]
