@@ -374,3 +374,17 @@ def test_several_gpus_in_one_process_are_not_used_by_splitting_batches(make_tiny
     chosen, lines = settled(args, make_tiny_model(), None)
     assert (chosen.n_gpu, args.n_gpu) == (1, 4)
     assert "one of 4 GPUs" in lines[0]
+
+
+@pytest.mark.parametrize(("strategy", "same"), [("sequential", True), ("random", False)])
+def test_a_token_budget_keeps_the_order_where_it_is_asked_to(
+    make_tiny_model, byte_tokenizer, tmp_path, strategy, same
+):
+    options = {"tokens_per_batch": 20, "train_sampling_strategy": strategy}
+    loader = make_trainer(make_tiny_model(), byte_tokenizer, token_rows(), tmp_path, **options).get_train_dataloader()
+    orders = []
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        orders.append([batch["document_lengths"] for batch in loader])
+    assert (orders[0] == orders[1]) is same
+    assert sorted(orders[0]) == sorted(orders[1])

@@ -186,7 +186,8 @@ class SFTTrainer(Seq2SeqTrainer):
         if self.args.tokens_per_batch is None:
             return super().get_train_dataloader()
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-        sampler = TokenBudgetSampler(lengths, self.args.tokens_per_batch, self._data_seed())
+        shuffle = self.args.train_sampling_strategy != "sequential"
+        sampler = TokenBudgetSampler(lengths, self.args.tokens_per_batch, self._data_seed(), shuffle=shuffle)
         return self.accelerator.prepare(
             DataLoader(
                 self._remove_unused_columns(self.train_dataset, "training"),
