@@ -19,7 +19,7 @@ allocator.tune()  # as the command line does, before torch is imported
 
 from transformers import TrainerCallback  # noqa: E402
 
-from tunesmith.config import ModelConfig  # noqa: E402
+from tunesmith.config import ModelFields  # noqa: E402
 from tunesmith.data.load import load_rows  # noqa: E402
 from tunesmith.data.prepare import prepare  # noqa: E402
 from tunesmith.data.report import Report  # noqa: E402
@@ -56,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer = load_tokenizer(options.model)
     rows = prepare(load_rows(options.data, max_samples=400, report=Report()), tokenizer, Report(), max_length=1024)
-    model = adapt(load_model(options.model, dtype="float32"), ModelConfig(adapter=options.mode))
+    model = adapt(load_model(options.model, dtype="float32"), ModelFields(adapter=options.mode))
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(
             output_dir=folder,

@@ -44,7 +44,7 @@ Traceback = Annotated[bool, typer.Option("--traceback", help="Show where in the 
 class OptionsCommand(TyperCommand):
     """A command whose help lists the recipe options, read from their declaration when help is asked for."""
 
-    groups: tuple[str, ...] = ("RunConfig", "ModelConfig", "DataConfig", "TrainingFields", "DecodingConfig")
+    groups: tuple[str, ...] = ("RunConfig", "ModelFields", "DataConfig", "TrainingFields", "DecodingConfig")
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write one section a group: `--name TYPE  text [default]`."""
@@ -65,13 +65,13 @@ class OptionsCommand(TyperCommand):
 class AnswerCommand(OptionsCommand):
     """A command that reads data and decoding options but trains nothing."""
 
-    groups = ("ModelConfig", "DataConfig", "DecodingConfig")
+    groups = ("ModelFields", "DataConfig", "DecodingConfig")
 
 
 class ChatCommand(OptionsCommand):
     """A command that only loads a model and answers."""
 
-    groups = ("ModelConfig", "DecodingConfig")
+    groups = ("ModelFields", "DecodingConfig")
 
 
 class Door:

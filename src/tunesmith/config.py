@@ -1,21 +1,53 @@
 """Every option of tunesmith, declared once: name, type, range, default, and the text that help and docs show.
 
-One name is the Python keyword, the recipe key and the flag. Field names are unique across the classes. `SFTConfig`
-(train/sft.py) joins `TrainingFields` with transformers' `Seq2SeqTrainingArguments`, whose options all work too.
+One name is the Python keyword, the recipe key and the flag, unique across the recipe's classes. `SFTConfig`
+(train/options.py) joins `TrainingFields` with transformers' `Seq2SeqTrainingArguments`, whose options all work too.
 Nothing here imports torch: `tunesmith --help` reads it.
 """
 
 import ast
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
+from tunesmith.errors import ConfigError
+
 TrainOn = Literal["assistant", "completion", "last_turn", "all"]
-TooLong = Literal["error", "drop", "truncate", "keep_last_turns"]
+TooLong = Literal["error", "drop", "truncate", "truncate_left", "keep_last_turns"]
+
+
+@cache
+def field_docs(cls: type) -> dict[str, str]:
+    """Field name → the text under it, for a dataclass and its bases, as `--help` and the docs show it."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if base.__module__ == "builtins":
+            continue
+        try:
+            tree = ast.parse(inspect.cleandoc(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        body = tree.body[0].body
+        for statement, following in pairwise(body):
+            named = isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr)
+            if named and isinstance(following.value, ast.Constant) and isinstance(following.value.value, str):
+                docs[statement.target.id] = " ".join(following.value.value.split())
+    return docs
+
+
+def described(cls: type) -> type:
+    """Copy the text under each field into its metadata, where `HfArgumentParser` looks for help; a class decorator."""
+    docs = field_docs(cls)
+    for declared in fields(cls):
+        if declared.name in docs and "help" not in declared.metadata:
+            text = docs[declared.name].replace("%", "%%")  # argparse formats help texts
+            declared.metadata = MappingProxyType({**declared.metadata, "help": text})
+    return cls
 
 
 @dataclass
@@ -39,31 +71,32 @@ class RunConfig:
 
 
 @dataclass
-class ModelConfig:
-    """The base model and what of it is trained."""
+class BaseModelFields:
+    """What both doors say about the base model and its adapter."""
 
     model_name_or_path: str | None = None
     """Hub id or folder of the base model, or of an adapter (its base is then read from it)."""
     model_revision: str = "main"
     """Branch, tag or commit of a Hub model."""
-    gguf_file: str | None = None
-    """GGUF file inside the model folder or repository; its weights are converted to full precision (extra `gguf`)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only from the command line or Python, never from a recipe."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights in memory. `auto`: float32 for what is trained and on CPUs; a frozen base on a GPU keeps
-    the checkpoint's own half precision."""
     attn_implementation: str | None = None
     """transformers' attention, used where tunesmith's own does not apply. `None`: the model's default."""
-    adapter: str = "lora"
-    """Name in `ADAPTERS` (`lora`, `full`, `freeze`) or `file.py:function`."""
+    load_in_8bit: bool = False
+    """Hold the frozen base in 8 bits (bitsandbytes, extra `quant`); only an adapter trains then."""
+    load_in_4bit: bool = False
+    """Hold the frozen base in 4 bits (QLoRA, arXiv:2305.14314; extra `quant`); only an adapter trains then."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Grid of 4-bit values: `nf4` for normally distributed weights, or `fp4`."""
+    use_bnb_nested_quant: bool = False
+    """Quantize the scales of 4-bit blocks too, which saves another 0.4 bits per weight."""
     lora_r: Annotated[int, Ge(1)] = 16
     """Rank r of the LoRA update ΔW = (alpha / r) · B · A."""
     lora_alpha: Annotated[int, Ge(1)] = 32
     """LoRA scale; the update is multiplied by alpha / r."""
     lora_dropout: Annotated[float, Ge(0), Le(1)] = 0.0
     """Share of a LoRA layer's inputs zeroed during training."""
-    lora_target_modules: str | list[str] = "all-linear"
+    lora_target_modules: list[str] | str | None = "all-linear"
     """Modules that get an adapter: names, or `all-linear` for every linear layer but the head."""
     lora_modules_to_save: list[str] | None = None
     """Modules trained whole beside the adapters and saved with them, e.g. `[embed_tokens, lm_head]`."""
@@ -71,6 +104,24 @@ class ModelConfig:
     """Scale the update by alpha / √r (rank-stabilised LoRA, arXiv:2312.03732)."""
     use_dora: bool = False
     """Train magnitude and direction apart (DoRA, arXiv:2402.09353)."""
+
+
+@dataclass
+class ModelFields(BaseModelFields):
+    """The base model and what of it is trained."""
+
+    gguf_file: str | None = None
+    """GGUF file inside the model folder or repository; its weights are converted to full precision (extra `gguf`)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights in memory. `auto`: float32 for what is trained and on CPUs; a frozen base on a GPU keeps
+    the checkpoint's own half precision."""
+    adapter: str = "lora"
+    """Name in `ADAPTERS` (`lora`, `full`, `freeze`) or `file.py:function`."""
+    lora_init: Literal["default", "pissa", "gaussian", "olora"] = "default"
+    """First weights of A and B. `pissa`: the base's principal singular vectors (arXiv:2404.02948), which it then
+    lacks; `default`: B is zero."""
+    lora_trainable_tokens: list[str] | None = None
+    """Tokens whose embedding rows train beside the adapters, e.g. `[<|im_start|>, <|im_end|>]`."""
     freeze_trainable_layers: int = 2
     """With `adapter: freeze`: layers that train; n > 0 the last n, n < 0 the first n."""
     freeze_trainable_modules: list[str] | None = None
@@ -113,19 +164,34 @@ class TrainingFields:
     learning_rate: Annotated[float, Gt(0)] = 2e-5
     """Peak learning rate of AdamW. LoRA likes about ten times what full training likes."""
     max_length: Annotated[int, Ge(2)] | None = 1024
-    """Longest example, in tokens. `None`: what the model was built for."""
-    too_long: TooLong = "drop"
-    """A longer example: stops the run, is dropped and counted, is cut on the right, or loses its oldest turns."""
+    """Longest example, in tokens; 1024 is lowered to what the tokenizer was made for. `None`: what the model was."""
+    too_long: TooLong = "truncate"
+    """A longer example: stops the run, is dropped, is cut on the right or the left, or loses its oldest turns. All but
+    the first are counted; a cut leaves no false stop token, and a row that it leaves untrained is dropped."""
     train_on: TrainOn = "assistant"
     """Tokens the loss covers: every assistant turn; the completion after the prompt; the last assistant turn; all."""
     chat_template: str | None = None
-    """Jinja file, or Jinja text, used in place of the tokenizer's own chat template and saved with the model."""
+    """Jinja file, Jinja text, or folder of another tokenizer, whose template is used in place of the tokenizer's own
+    and saved with the model."""
+    eos_token: str | None = None
+    """Stop token, in place of the tokenizer's; saved with the model."""
+    pad_token: str | None = None
+    """Padding token, in place of the tokenizer's. Padding is ignored by its place, so it may be the stop token."""
+    append_eos: bool = True
+    """End each plain text with the stop token, so that the model learns to stop."""
     dataset_text_field: str = "text"
     """Column that holds the text of plain-text rows."""
+    dataset_num_proc: Annotated[int, Ge(1)] | None = None
+    """Processes that render and tokenize. `None`: this one (tokenizing uses all cores anyway)."""
+    dataset_batch_size: int | None = 1000
+    """Examples rendered and tokenized at once. `None`, or below 1: all."""
+    shuffle_dataset: bool = False
+    """Shuffle the training rows once, by `seed`, before they are packed."""
     packing: bool = False
     """Join examples into rows of at most `max_length` tokens. They never see each other, so the loss is the same."""
-    packing_strategy: Literal["bfd", "wrapped"] = "bfd"
-    """`bfd` keeps examples whole (best-fit decreasing); `wrapped` cuts them to fill every row."""
+    packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = "bfd"
+    """`bfd` keeps examples whole (best-fit decreasing); `bfd_split` first cuts longer ones into several; `wrapped`
+    cuts to fill every row."""
     eval_packing: bool | None = None
     """Pack the evaluation set. `None`: as `packing`."""
     tokens_per_batch: Annotated[int, Ge(1)] | None = None
@@ -137,8 +203,19 @@ class TrainingFields:
     """Multiply in bfloat16; weights stay as they are. `None`: where a start-up probe finds it faster."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass to save memory. `None`: only where they would not fit."""
-    upcast_trainable: bool = True
-    """Hold trained weights in float32 even if loaded in half precision, which rounds small updates away."""
+    upcast_trainable: bool | None = None
+    """Hold trained weights in float32 even if loaded in half precision, which rounds small updates away. `None`: yes,
+    unless `model_init_kwargs` asked for their type."""
+    loss_type: str = "nll"
+    """Name in `LOSSES`: `nll`, or `dft`, which weighs each token by its own probability (arXiv:2508.05629)."""
+    router_aux_loss_coef: Annotated[float, Ge(0)] | None = None
+    """Weight of the load-balancing loss of a mixture of experts. `None`: none is added."""
+    token_metrics: bool = True
+    """Log `mean_token_accuracy` and `entropy` of the trained tokens, from the pass that forms the loss."""
+    loraplus_lr_ratio: Annotated[float, Gt(0)] | None = None
+    """Learning rate of LoRA's B matrices as a multiple of A's (LoRA+, arXiv:2402.12354; 16 is usual)."""
+    activation_offloading: bool = False
+    """Keep activations for the backward pass in host memory. Needs a GPU."""
     logging_steps: float = 1
     """Steps between two log lines; below 1, a share of the run."""
     logging_nan_inf_filter: bool = False
@@ -147,6 +224,45 @@ class TrainingFields:
     """Trackers of transformers (`wandb`, `tensorboard`, ...). The run directory has every figure without one."""
     remove_unused_columns: bool | None = True
     """Drop columns that the model does not read; set it to false for a collator that reads raw columns."""
+
+
+@described
+@dataclass
+class ModelConfig(BaseModelFields):
+    """TRL's model options, with its defaults; `get_peft_config` and `get_quantization_config` read them.
+
+    Raises: ConfigError for 8 and 4 bits at once, or two types.
+    """
+
+    dtype: str | None = None
+    """Type of the weights: auto, float32, bfloat16 or float16. `None`: what `from_pretrained` chooses."""
+    torch_dtype: str | None = None
+    """Older name of `dtype`."""
+    use_peft: bool = False
+    """Train a LoRA adapter instead of the model's own weights."""
+    lora_dropout: Annotated[float, Ge(0), Le(1)] = 0.05
+    """Share of a LoRA layer's inputs zeroed during training."""
+    lora_target_modules: list[str] | None = None
+    """Modules that get an adapter: names, or `all-linear`. `None`: peft's choice for the architecture."""
+    lora_target_parameters: list[str] | None = None
+    """Parameters that get an adapter where experts are no modules, e.g. `[mlp.experts.down_proj]`."""
+    lora_task_type: str = "CAUSAL_LM"
+    """peft's task type; `SEQ_CLS` for reward models."""
+    bnb_4bit_quant_storage: str | None = None
+    """Type that stores 4-bit weights, for FSDP. `None`: as `dtype`, or bytes."""
+
+    def __post_init__(self):
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ConfigError(
+                "load_in_8bit and load_in_4bit: You can't use 8 bit and 4 bit precision at the same time"
+            )
+        if self.dtype is not None and self.torch_dtype is not None and self.dtype != self.torch_dtype:
+            raise ConfigError(
+                f"dtype ({self.dtype}) and torch_dtype ({self.torch_dtype}) name one option. Keep dtype."
+            )
+        self.dtype = self.torch_dtype = self.torch_dtype if self.dtype is None else self.dtype
+        if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:
+            self.lora_target_modules = self.lora_target_modules[0]  # so that the flag can say all-linear
 
 
 @dataclass
@@ -171,7 +287,7 @@ class DecodingConfig:
     """Prompts answered at once."""
 
 
-CONFIGS: tuple[type, ...] = (RunConfig, ModelConfig, DataConfig, TrainingFields, DecodingConfig)
+CONFIGS: tuple[type, ...] = (RunConfig, ModelFields, DataConfig, TrainingFields, DecodingConfig)
 
 # Spellings of other programs and other years; giving both with different values is an error.
 ALIASES: dict[str, str] = {
@@ -182,6 +298,7 @@ ALIASES: dict[str, str] = {
     "lora_rank": "lora_r",
     "lora_target": "lora_target_modules",
     "modules_to_save": "lora_modules_to_save",
+    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
     "finetuning_type": "adapter",
     "flash_attn": "attn_implementation",
     "evaluation_strategy": "eval_strategy",
@@ -190,31 +307,12 @@ ALIASES: dict[str, str] = {
 }
 
 
-@cache
-def field_docs(cls: type) -> dict[str, str]:
-    """Field name → the text under it, for a dataclass and its bases, as `--help` and the docs show it."""
-    docs: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if base.__module__ == "builtins":
-            continue
-        try:
-            tree = ast.parse(inspect.cleandoc(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        body = tree.body[0].body
-        for statement, following in pairwise(body):
-            named = isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr)
-            if named and isinstance(following.value, ast.Constant) and isinstance(following.value.value, str):
-                docs[statement.target.id] = " ".join(following.value.value.split())
-    return docs
-
-
 @dataclass
 class Recipe:
     """A parsed recipe: one object per concern, and where every given key was found."""
 
     run: RunConfig
-    model: ModelConfig
+    model: ModelFields
     data: DataConfig
     training: dict[str, Any]
     """Keyword arguments of `SFTConfig`: tunesmith's and transformers' training options that were given."""

@@ -8,6 +8,8 @@ TunesmithError
 ├── MemoryLimitError  exit code 5   the smallest possible batch does not fit
 ├── NonFiniteError    exit code 6   a loss or gradient that is not a number
 └── ModelError        exit code 2   a model or tokenizer that cannot be loaded or used as asked
+
+ConfigError, DataError and ModelError are ValueErrors too: that is what scripts written for TRL catch.
 """
 
 
@@ -17,19 +19,19 @@ class TunesmithError(Exception):
     exit_code = 1
 
 
-class ConfigError(TunesmithError):
+class ConfigError(TunesmithError, ValueError):
     """A recipe key, a flag, an argument or an output folder is wrong."""
 
     exit_code = 2
 
 
-class ModelError(TunesmithError):
+class ModelError(TunesmithError, ValueError):
     """A model, adapter or tokenizer cannot be loaded or used as asked."""
 
     exit_code = 2
 
 
-class DataError(TunesmithError):
+class DataError(TunesmithError, ValueError):
     """A file, row or column is wrong, or nothing is left to train."""
 
     exit_code = 3

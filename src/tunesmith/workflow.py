@@ -232,6 +232,8 @@ def build_trainer(
     defaults = {"output_dir": str(folder.path), "seed": DEFAULT_SEED, "disable_tqdm": False}
     try:
         args = config_class(**{**defaults, **recipe.training})
+    except ConfigError:
+        raise
     except ValueError as error:  # transformers checks combinations of its own
         raise ConfigError(f"the training options contradict each other: {error}") from error
     trainer = trainer_class(

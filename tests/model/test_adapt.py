@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tunesmith.config import ModelConfig
+from tunesmith.config import ModelFields
 from tunesmith.errors import ConfigError
 from tunesmith.model.adapt import ADAPTERS, adapt, attach, count_parameters, upcast_trainable
 
@@ -15,13 +15,13 @@ def trained(model) -> set[str]:
 
 @pytest.mark.parametrize("name", sorted(ADAPTERS))
 def test_every_adapter_trains_something_and_the_model_still_runs(tiny_model, name):
-    model = adapt(tiny_model, ModelConfig(adapter=name, freeze_trainable_layers=1))
+    model = adapt(tiny_model, ModelFields(adapter=name, freeze_trainable_layers=1))
     assert trained(model)
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 259)
 
 
 def test_full_trains_all(tiny_model):
-    adapt(tiny_model.requires_grad_(False), ModelConfig(adapter="full"))
+    adapt(tiny_model.requires_grad_(False), ModelFields(adapter="full"))
     assert count_parameters(tiny_model) == (29_024, 29_024)
 
 
@@ -30,12 +30,12 @@ def test_full_trains_all(tiny_model):
 )
 def test_freeze_counts_layers_exactly(make_tiny_model, count, layers):
     """`1.mlp` is no part of layer 11: names are not matched by their endings."""
-    model = adapt(make_tiny_model(num_hidden_layers=12), ModelConfig(adapter="freeze", freeze_trainable_layers=count))
+    model = adapt(make_tiny_model(num_hidden_layers=12), ModelFields(adapter="freeze", freeze_trainable_layers=count))
     assert {int(name.split(".")[2]) for name in trained(model)} == layers
 
 
 def test_freeze_trains_the_named_parts(tiny_model):
-    config = ModelConfig(adapter="freeze", freeze_trainable_layers=-1, freeze_trainable_modules=["mlp"])
+    config = ModelFields(adapter="freeze", freeze_trainable_layers=-1, freeze_trainable_modules=["mlp"])
     names = {f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
     assert trained(adapt(tiny_model, config)) == names
 
@@ -50,11 +50,11 @@ def test_freeze_trains_the_named_parts(tiny_model):
 )
 def test_freeze_names_what_is_wrong(tiny_model, options, words):
     with pytest.raises(ConfigError, match=words):
-        adapt(tiny_model, ModelConfig(adapter="freeze", **options))
+        adapt(tiny_model, ModelFields(adapter="freeze", **options))
 
 
 def test_lora_takes_the_options(tiny_model):
-    model = adapt(tiny_model, ModelConfig(lora_r=3, lora_alpha=6, lora_target_modules=["q_proj"], use_rslora=True))
+    model = adapt(tiny_model, ModelFields(lora_r=3, lora_alpha=6, lora_target_modules=["q_proj"], use_rslora=True))
     assert {name.split(".")[-3] for name in trained(model)} == {"lora_A", "lora_B"}
     assert model.peft_config["default"].r == 3
     assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == pytest.approx(6 / 3**0.5)
@@ -82,7 +82,7 @@ def test_names_that_match_nothing_are_errors(tiny_model, option, name, words):
 
 def test_an_unknown_adapter_names_the_nearest(tiny_model):
     with pytest.raises(ConfigError, match=r"unknown adapter 'loar'. Did you mean 'lora'"):
-        adapt(tiny_model, ModelConfig(adapter="loar"))
+        adapt(tiny_model, ModelFields(adapter="loar"))
 
 
 def test_only_trained_half_precision_is_upcast(tiny_model):

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from tests.recipe.wrong import BASE, NEEDED, message
-from tunesmith.config import ModelConfig
+from tunesmith.config import ModelFields
 from tunesmith.recipe import load_recipe
 from tunesmith.recipe.rules import CONTRADICTIONS, NOT_YET
 
@@ -117,4 +117,4 @@ def test_what_is_missing_depends_on_the_task():
         "  the options: dataset is not set. Name the examples: a file, a folder or a Hub id.",
     ]
     assert "eval_dataset is not set" in message({"model": "m"}, task="eval")
-    assert load_recipe({"model": "m"}, task="chat").model == ModelConfig(model_name_or_path="m")
+    assert load_recipe({"model": "m"}, task="chat").model == ModelFields(model_name_or_path="m")

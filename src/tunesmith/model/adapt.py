@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tunesmith.config import ModelConfig
+from tunesmith.config import ModelFields
 from tunesmith.errors import ConfigError
 from tunesmith.lookup import did_you_mean, lookup
 
 
-def adapt(model: PreTrainedModel, config: ModelConfig) -> nn.Module:
+def adapt(model: PreTrainedModel, config: ModelFields) -> nn.Module:
     """Make `model` trainable the way `config.adapter` says.
 
     Raises: ConfigError for unknown adapters, modules or layers.
@@ -19,12 +19,12 @@ def adapt(model: PreTrainedModel, config: ModelConfig) -> nn.Module:
     return lookup(ADAPTERS, config.adapter, "adapter")(model, config)
 
 
-def full(model: PreTrainedModel, config: ModelConfig) -> nn.Module:
+def full(model: PreTrainedModel, config: ModelFields) -> nn.Module:
     """Train every parameter."""
     return model.requires_grad_(True)
 
 
-def freeze(model: PreTrainedModel, config: ModelConfig) -> nn.Module:
+def freeze(model: PreTrainedModel, config: ModelFields) -> nn.Module:
     """Train some layers, or parts of them, and freeze the rest. Layers are matched by exact number: 1 is not 11."""
     model.requires_grad_(False)
     layers = decoder_layers(model)
@@ -43,7 +43,7 @@ def freeze(model: PreTrainedModel, config: ModelConfig) -> nn.Module:
     return model
 
 
-def lora(model: PreTrainedModel, config: ModelConfig) -> nn.Module:
+def lora(model: PreTrainedModel, config: ModelFields) -> nn.Module:
     """Train low-rank updates beside frozen weights (LoRA, arXiv:2106.09685)."""
     from peft import LoraConfig
 
@@ -62,7 +62,7 @@ def lora(model: PreTrainedModel, config: ModelConfig) -> nn.Module:
     )
 
 
-ADAPTERS: dict[str, Callable[[PreTrainedModel, ModelConfig], nn.Module]] = {
+ADAPTERS: dict[str, Callable[[PreTrainedModel, ModelFields], nn.Module]] = {
     "full": full,
     "freeze": freeze,
     "lora": lora,

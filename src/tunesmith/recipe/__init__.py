@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import DataConfig, DecodingConfig, ModelConfig, Recipe, RunConfig, TrainingFields
+from tunesmith.config import DataConfig, DecodingConfig, ModelFields, Recipe, RunConfig, TrainingFields
 from tunesmith.errors import ConfigError
 from tunesmith.recipe.coerce import coerce_all
 from tunesmith.recipe.given import FILE, Given, Problems
@@ -23,7 +23,7 @@ __all__ = ["Recipe", "Task", "load_for_model", "load_recipe", "options_help", "r
 
 SECRETS = ("hub_token",)
 PATHS = ("dataset", "eval_dataset", "chat_template")
-PARTS: dict[str, type] = {"run": RunConfig, "model": ModelConfig, "data": DataConfig, "decoding": DecodingConfig}
+PARTS: dict[str, type] = {"run": RunConfig, "model": ModelFields, "data": DataConfig, "decoding": DecodingConfig}
 
 
 def load_recipe(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from tunesmith.config import ALIASES, ModelConfig
+from tunesmith.config import ALIASES, ModelFields
 from tunesmith.lookup import did_you_mean
 from tunesmith.recipe.given import FILE, FLAG, Given, Problems
 from tunesmith.recipe.schema import options
@@ -53,9 +53,9 @@ def named(given: list[Given], problems: Problems) -> list[Given]:
 # ------------------------------------------------------------------------------------------ one value a key
 
 LORA_KEYS = tuple(
-    n for n in ModelConfig.__dataclass_fields__ if n.startswith("lora_") or n in ("use_rslora", "use_dora")
+    n for n in ModelFields.__dataclass_fields__ if n.startswith("lora_") or n in ("use_rslora", "use_dora")
 )
-FREEZE_KEYS = tuple(n for n in ModelConfig.__dataclass_fields__ if n.startswith("freeze_"))
+FREEZE_KEYS = tuple(n for n in ModelFields.__dataclass_fields__ if n.startswith("freeze_"))
 UNUSED_BY_ADAPTER = {"lora": FREEZE_KEYS, "full": LORA_KEYS + FREEZE_KEYS, "freeze": LORA_KEYS}
 # Given in a higher layer, the one takes the place of the other: `--max_steps 10` over a recipe with num_train_epochs.
 EITHER_OR = {
