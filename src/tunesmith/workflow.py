@@ -312,7 +312,7 @@ def show_results(
         f"trained in {clock(metrics['train_runtime'])}: {metrics['train_tokens']:,} tokens, {speed:,.0f} tokens/s"
     ]
     if "eval_loss" in metrics:
-        accuracy = metrics["eval_token_accuracy"]
+        accuracy = metrics["eval_mean_token_accuracy"]
         lines.append(f"held-out loss {metrics['eval_loss']:.3f}, token accuracy {accuracy:.1%}")
     lines.append(f"{what + ':':12}{folder.path}")
     if recipe.run.plot_loss:
@@ -398,7 +398,7 @@ def evaluate(recipe: Recipe) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:  # the trainer makes its output folder whether it writes or not
         args = SFTConfig(output_dir=folder, save_strategy="no", per_device_eval_batch_size=size, **given)
         metrics = SFTTrainer(model, args, eval_dataset=dataset, processing_class=tokenizer).evaluate()
-    for name in ("loss", "perplexity", "token_accuracy"):
+    for name in ("loss", "perplexity", "mean_token_accuracy"):
         console.out(f"{name.replace('_', ' '):16}{metrics[f'eval_{name}']:.4f}", highlight=False)
     return metrics
 

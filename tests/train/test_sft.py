@@ -139,7 +139,7 @@ def test_changing_one_document_changes_no_other(make_tiny_model, byte_tokenizer,
 
     def hidden_states(batch):
         batch = {key: value for key, value in batch.items() if key in FORWARD_KEYS}
-        with torch.no_grad(), trainer._attention():
+        with torch.no_grad(), trainer._attention({"document_lengths": ()}):
             return trainer.model.model(**batch, use_cache=False).last_hidden_state[0].split(LENGTHS)
 
     before, after = (hidden_states(FlatCollator()(batch)) for batch in (rows, changed))
@@ -182,7 +182,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(make_tiny_model, byte_toke
         assert metrics["eval_perplexity"] == pytest.approx(torch.tensor(expected).exp().item(), rel=1e-5)
 
 
-def test_token_accuracy_counts_likeliest_tokens(make_tiny_model, byte_tokenizer, tmp_path):
+def test_mean_token_accuracy_counts_likeliest_tokens(make_tiny_model, byte_tokenizer, tmp_path):
     rows, model = token_rows(), make_tiny_model()
     hits = total = 0
     for row in rows:
@@ -191,7 +191,7 @@ def test_token_accuracy_counts_likeliest_tokens(make_tiny_model, byte_tokenizer,
         hits += (best == targets).sum().item()
         total += (targets != -100).sum().item()
     metrics = make_trainer(model, byte_tokenizer, rows, tmp_path, eval_dataset=rows).evaluate()
-    assert metrics["eval_token_accuracy"] == pytest.approx(hits / total)
+    assert metrics["eval_mean_token_accuracy"] == pytest.approx(hits / total)
 
 
 def test_a_collator_of_ones_own_is_used_as_it_is(make_tiny_model, byte_tokenizer, tmp_path):

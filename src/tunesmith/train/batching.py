@@ -1,4 +1,7 @@
-"""Which rows make a batch, in which order: drawn from (seed, epoch) alone, so a resumed run sees the same."""
+"""Which rows make a batch, in which order, on which process: drawn from (seed, epoch) alone.
+
+A resumed run sees the same rows; several processes share out each batch so that every row is used exactly once.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,10 +17,10 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class EpochSampler(Sampler[int]):
-    """Rows in an order drawn from (seed, epoch); transformers calls `set_epoch`."""
+    """Numbers below `count`, in an order drawn from (seed, epoch), or in their own; transformers calls `set_epoch`."""
 
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed, self.epoch = count, seed, 0
+    def __init__(self, count: int, seed: int, *, shuffle: bool = True):
+        self.count, self.seed, self.shuffle, self.epoch = count, seed, shuffle, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the next pass from `epoch`."""
@@ -27,26 +30,65 @@ class EpochSampler(Sampler[int]):
         return self.count
 
     def __iter__(self) -> Iterator[int]:
-        return iter(shuffled(self.count, self.seed, self.epoch).tolist())
+        return iter(shuffled(self.count, self.seed, self.epoch).tolist() if self.shuffle else range(self.count))
 
 
-class TokenBudgetSampler(Sampler[list[int]]):
-    """Micro-batches of at most `tokens_per_batch` tokens, filled best-fit decreasing; their order changes each epoch.
+class RankBatches(Sampler[list[int]]):
+    """This process's part of each global micro-batch of `ranks · batch_size` rows.
 
-    The groups are the same in every epoch, so an epoch always has the same number of steps.
+    The last global batch may be smaller; its rows are shared out evenly, and a process that gets none gets an empty
+    list, which the collators make a batch of that trains nothing. So no row is repeated to fill a batch.
+
+    Args:
+        sampler: the rows of all processes; accelerate finds it here to set the epoch.
+        drop_last: leave a smaller last batch out.
     """
 
-    def __init__(self, lengths: Sequence[int], tokens_per_batch: int, seed: int, *, shuffle: bool = True):
-        self.batches = [rows.tolist() for rows in plan_packing(lengths, tokens_per_batch)]
-        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the next pass from `epoch`."""
-        self.epoch = epoch
+    def __init__(
+        self, sampler: Sampler[int], batch_size: int, *, rank: int = 0, ranks: int = 1, drop_last: bool = False
+    ):
+        self.sampler, self.batch_size, self.rank, self.ranks = sampler, batch_size, rank, ranks
+        self.drop_last = drop_last
 
     def __len__(self) -> int:
-        return len(self.batches)
+        whole, rest = divmod(len(self.sampler), self.batch_size * self.ranks)
+        return whole + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = shuffled(len(self.batches), self.seed, self.epoch) if self.shuffle else range(len(self.batches))
-        return (self.batches[index] for index in order)
+        size = self.batch_size * self.ranks
+        rows = list(self.sampler)
+        for begin in range(0, len(self) * size, size):
+            part = rows[begin : begin + size]
+            first, stop = (len(part) * rank // self.ranks for rank in (self.rank, self.rank + 1))
+            yield part[first:stop]
+
+
+class TokenBudgetBatches(Sampler[list[int]]):
+    """Micro-batches of at most `tokens_per_batch` tokens, filled best-fit decreasing; their order changes each epoch.
+
+    The groups are the same in every epoch, so an epoch always has the same number of steps. Each process takes every
+    `ranks`-th group; where the last ones run out, some get an empty list.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        tokens_per_batch: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        self.groups = [rows.tolist() for rows in plan_packing(lengths, tokens_per_batch)]
+        self.sampler = EpochSampler(len(self.groups), seed, shuffle=shuffle)
+        self.rank, self.ranks = rank, ranks
+
+    def __len__(self) -> int:
+        return -(-len(self.groups) // self.ranks)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.sampler)
+        for begin in range(0, len(order), self.ranks):
+            mine = order[begin + self.rank : begin + self.rank + 1]
+            yield self.groups[mine[0]] if mine else []

@@ -20,7 +20,7 @@ def settled(args: SFTConfig, model: nn.Module, train_dataset: Any) -> tuple[SFTC
             f"devices: one of {args.n_gpu} GPUs (start with torchrun --nproc_per_node {args.n_gpu} to use all)"
         )
         args._n_gpu = 1  # transformers would split each batch with DataParallel, which knows no document boundaries
-    if args.upcast_trainable and not args.fp16 and (count := upcast_trainable(model)):
+    if keeps_masters(args) and (count := upcast_trainable(model)):
         lines.append(f"weights: {count} trained tensors held in float32 (half precision loses small updates)")
     if args.bf16 is None:
         lines.append(choose_precision(args, args.device))
@@ -33,6 +33,15 @@ def settled(args: SFTConfig, model: nn.Module, train_dataset: Any) -> tuple[SFTC
         args.activation_checkpointing = args.gradient_checkpointing
         args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs
     return args, lines
+
+
+def keeps_masters(args: SFTConfig) -> bool:
+    """Whether trained weights are held in float32; a type that `model_init_kwargs` asked for by name is kept."""
+    if args.fp16:
+        return False  # accelerate does it
+    if args.upcast_trainable is None:
+        return not {"dtype", "torch_dtype"} & (args.model_init_kwargs or {}).keys()
+    return args.upcast_trainable
 
 
 def choose_precision(args: SFTConfig, device: torch.device) -> str:

@@ -26,7 +26,7 @@ class FlatCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One flat batch."""
-        documents = [document for row in rows for document in split_documents(row)]
+        documents = [document for row in rows for document in split_documents(row)] or [nothing()]
         input_ids = torch.cat([document["input_ids"] for document in documents])
         labels = torch.cat([first_masked(document["labels"]) for document in documents])
         lengths = [len(document["input_ids"]) for document in documents]
@@ -34,7 +34,7 @@ class FlatCollator:
             "input_ids": input_ids.unsqueeze(0),
             "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
             "labels": labels.unsqueeze(0),
-            "num_tokens": len(input_ids),
+            "num_tokens": len(input_ids) if rows else 0,
             **loss_positions(labels.unsqueeze(0), joined_weights(documents)),
         }
         if self.boundaries:
@@ -52,7 +52,7 @@ class PaddedCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One padded batch."""
-        documents = [document for row in rows for document in split_documents(row)]
+        documents = [document for row in rows for document in split_documents(row)] or [nothing()]
         width = max(len(document["input_ids"]) for document in documents)
         if self.pad_to_multiple_of:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -66,9 +66,14 @@ class PaddedCollator:
             "input_ids": stacked([document["input_ids"] for document in documents], width, self.pad_token_id),
             "attention_mask": stacked(ones, width, 0),
             "labels": labels,
-            "num_tokens": sum(len(one) for one in ones),
+            "num_tokens": sum(len(one) for one in ones) if rows else 0,
             **loss_positions(labels, weights),
         }
+
+
+def nothing() -> dict[str, Tensor]:
+    """One token that trains nothing: the batch of a process for which no row is left (`batching.RankBatches`)."""
+    return {"input_ids": torch.zeros(1, dtype=torch.int64), "labels": torch.full((1,), IGNORE_INDEX)}
 
 
 def split_documents(row: dict[str, Any]) -> list[dict[str, Tensor]]:

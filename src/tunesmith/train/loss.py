@@ -23,6 +23,7 @@ class TokenLoss(NamedTuple):
     """Σ weight · nll in nats, scalar, differentiable."""
     correct: Tensor
     """How many targets were the likeliest token, scalar; 0 unless asked for."""
+    entropy: Any = 0.0
 
 
 def head_loss(

@@ -1,22 +1,14 @@
-"""SFTTrainer: transformers' trainer, fed with flat documents and a loss at trained tokens only."""
+"""SFTTrainer: rows in any known format and a causal language model go in, a trained model comes out."""
 
 import copy
-import os
+import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import datasets
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
-from transformers import (
-    PreTrainedTokenizerBase,
-    Seq2SeqTrainer,
-    TrainerCallback,
-    set_seed,
-)
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from tunesmith import allocator
 from tunesmith.data.load import Row
@@ -25,36 +17,46 @@ from tunesmith.data.prepare import prepare
 from tunesmith.data.report import Report
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model.adapt import attach, count_parameters
-from tunesmith.model.attention import attention_configs, documents_attend
+from tunesmith.model.attention import attention_configs
 from tunesmith.model.capabilities import Support, probe_model
-from tunesmith.model.load import check_vocabulary, load_model, load_tokenizer, read_template
-from tunesmith.train.batching import EpochSampler, TokenBudgetSampler
+from tunesmith.model.load import check_vocabulary, load_any, load_tokenizer, read_template
 from tunesmith.train.choose import settled
-from tunesmith.train.collate import FlatCollator, PaddedCollator, loss_positions
-from tunesmith.train.head import HeadLoss, loss_in_head
-from tunesmith.train.loss import TokenLoss
+from tunesmith.train.collate import FlatCollator, PaddedCollator
+from tunesmith.train.evaluation import EvaluatingTrainer
+from tunesmith.train.loaders import eval_batches, loader, stream_loader, train_batches
 from tunesmith.train.options import SFTConfig
 
 MODEL_COLUMNS = ("input_ids", "labels", "weights", "seq_lengths")
-HOST_KEYS = ("labels", "loss_index", "loss_targets", "loss_weights", "num_tokens")
+DEFAULT_MAX_LENGTH = 1024
 
 
-class SFTTrainer(Seq2SeqTrainer):
+class SFTTrainer(EvaluatingTrainer):
     """Fine-tune a causal language model on examples.
 
+    The arguments stand in TRL 0.13's order; those of later versions are keywords.
+
     Args:
-        model: a model, or the folder or Hub id of one.
-        args: an `SFTConfig`; `None` is `SFTConfig()`.
+        model: a model, or the folder or Hub id of one (of an adapter too, which then goes on training).
+        args: an `SFTConfig`; transformers' `TrainingArguments` are taken over; `None` is `SFTConfig()`.
         data_collator: makes a batch of rows; `None` lays documents end to end without padding.
-        train_dataset, eval_dataset: rows in a format of `data.normalize.FORMATS`, or tokenized rows with `input_ids`
-            (and `labels`), which are used as they are. `eval_dataset` may be a dict of datasets.
-        processing_class: the tokenizer; `None` loads the model's.
-        peft_config: wraps the model with an adapter.
+        train_dataset, eval_dataset: rows in a format of `data.formats.FORMATS`, or tokenized rows with `input_ids`
+            (and `labels`), which are used as they are: a `datasets.Dataset` or `IterableDataset`, a torch dataset, or
+            a list of dicts. `eval_dataset` may be a dict of them.
+        processing_class: the tokenizer, or a processor that has one; `None` loads the model's. It stays unchanged.
+        model_init: makes the model, in place of `model`; called again when `train` begins.
+        compute_metrics: takes transformers' `EvalPrediction`, returns a dict.
+        callbacks, optimizers, preprocess_logits_for_metrics: as in transformers.
+        peft_config: wraps the model with an adapter; a copy is used.
+        formatting_func: makes the text of a row, or of a batch of rows.
+        tokenizer: older name of `processing_class`.
+        compute_loss_func: `(outputs, labels, num_items_in_batch) -> loss`, in place of the trainer's own loss.
+        optimizer_cls_and_kwargs: as in transformers.
+        quantization_config: `BitsAndBytesConfig` for a model given by name.
 
     Attributes:
         reports: `data.report.Report` of each dataset that was rendered and tokenized here.
         choices: one line for each thing chosen for this model and machine, as said at the start of a run.
-        tokens_seen: real tokens trained on so far, no padding.
+        tokens_seen: real tokens this process has trained on, no padding.
 
     Raises: ConfigError, DataError, ModelError before anything is trained.
     """
@@ -66,26 +68,36 @@ class SFTTrainer(Seq2SeqTrainer):
         data_collator: Callable | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: Any = None,
+        model_init: Callable[[], nn.Module] | None = None,
         compute_metrics: Callable | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         preprocess_logits_for_metrics: Callable | None = None,
         peft_config: Any = None,
+        formatting_func: Callable | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        compute_loss_func: Callable | None = None,
+        optimizer_cls_and_kwargs: tuple | None = None,
+        quantization_config: Any = None,
     ):
         args = SFTConfig() if args is None else args
         if args.device.type == "cpu":
             allocator.tune()
+        processing_class = one_of(processing_class, tokenizer)
         model = named_model(model, args)
-        tokenizer = templated(processing_class or load_tokenizer(model.config._name_or_path), args.chat_template)
-        check_vocabulary(model, tokenizer)
+        self.tokenizer = templated(processing_class or load_tokenizer(model.config._name_or_path), args.chat_template)
+        check_vocabulary(model, self.tokenizer)
         if peft_config is not None:
             set_seed(args.seed)  # adapters draw their first weights
             model = attach(model, peft_config)
-        self.max_length = args.max_length or longest_input(model, tokenizer)
+        self.max_length = longest_row(args, model, self.tokenizer)
         self.reports: dict[str, Report] = {}
-        train_dataset = self._prepared("train_dataset", train_dataset, tokenizer, args)
-        eval_dataset = self._prepared("eval_dataset", eval_dataset, tokenizer, args)
+        self.args = args
+        self._own_batches = data_collator is None
+        train_dataset = self._prepared("train_dataset", train_dataset)
+        eval_dataset = self._prepared("eval_dataset", eval_dataset)
         args, self.choices = settled(args, model, train_dataset)
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
@@ -94,27 +106,29 @@ class SFTTrainer(Seq2SeqTrainer):
             data_collator=data_collator or FlatCollator(),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizer,
+            processing_class=self.tokenizer,
             compute_metrics=compute_metrics,
+            compute_loss_func=compute_loss_func,
             callbacks=callbacks,
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
+            raise ConfigError("optimizers and optimizer_cls_and_kwargs both name the optimizer. Give one of them.")
+        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs  # Seq2SeqTrainer does not pass it on
         if use_cache is not None:
             model.config.use_cache = use_cache  # the trainer turns it off in the config, which would be saved
-        self.model_accepts_loss_kwargs = True  # our loss is normalised over the whole step
-        self.loss_is_scaled_for_ga = True  # the same, for transformers ≥ 5.2x
-        self.tokens_seen = 0
         self.support = self._probe(data_collator)
 
     # ---- before training -----------------------------------------------------------------------------------------
 
-    def _prepared(self, name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> Any:
+    def _prepared(self, name: str, dataset: Any) -> Any:
         """Rows → tokenized (and packed) rows; datasets with `input_ids` pass through."""
+        args, tokenizer = self.args, self.tokenizer
         if dataset is None or (isinstance(dataset, dict) and not dataset):
             return None
         if isinstance(dataset, dict):
-            return {key: self._prepared(f"{name}[{key}]", part, tokenizer, args) for key, part in dataset.items()}
+            return {key: self._prepared(f"{name}[{key}]", part) for key, part in dataset.items()}
         if isinstance(dataset, IterableDataset | datasets.IterableDataset):
             raise ConfigError(
                 f"{name}: streamed datasets are not supported yet. Give a datasets.Dataset or a list of rows."
@@ -154,7 +168,6 @@ class SFTTrainer(Seq2SeqTrainer):
             self.data_collator = PaddedCollator(0 if pad is None else pad)
         else:
             self.data_collator = FlatCollator(boundaries=support.layout == "documents")
-        self._own_batches = data_collator is None
         self._attention_configs = attention_configs(self.model) if support.layout == "documents" else []
         kind = "varlen flash attention" if self.args.device.type == "cuda" else "causal attention per document"
         said = {
@@ -170,141 +183,71 @@ class SFTTrainer(Seq2SeqTrainer):
             raise ModelError("no parameter of the model is trainable. Set requires_grad, or give a peft_config.")
         return support
 
+    # ---- batches -------------------------------------------------------------------------------------------------
+
     def _set_signature_columns_if_needed(self) -> None:
         if self._own_batches:
             self._signature_columns = list(MODEL_COLUMNS)
         super()._set_signature_columns_if_needed()
 
+    def get_train_dataloader(self) -> DataLoader:
+        """This process's training batches: of rows, or of tokens where `tokens_per_batch` says so."""
+        dataset, args = self.train_dataset, self.args
+        if dataset is None:
+            raise ConfigError("train_dataset is missing. Give SFTTrainer the rows to train on.")
+        if isinstance(dataset, IterableDataset | datasets.IterableDataset):
+            return stream_loader(dataset, args.train_batch_size, self._collator("training"), args)
+        if not self._own_batches or args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            return super().get_train_dataloader()
+        return loader(self._read(dataset, "training"), train_batches(dataset, args), self.data_collator, args)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """Rows for a caller's own collator, which cannot make a batch of no rows: shared out as transformers does."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "random" or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(dataset)
-        return EpochSampler(len(dataset), self._data_seed())
+        return train_batches(dataset, self.args).sampler
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Batches of rows, or of tokens where `tokens_per_batch` says so."""
-        if self.args.tokens_per_batch is None:
-            return super().get_train_dataloader()
-        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-        shuffle = self.args.train_sampling_strategy != "sequential"
-        sampler = TokenBudgetSampler(lengths, self.args.tokens_per_batch, self._data_seed(), shuffle=shuffle)
-        return self.accelerator.prepare(
-            DataLoader(
-                self._remove_unused_columns(self.train_dataset, "training"),
-                batch_sampler=sampler,
-                collate_fn=self.data_collator,
-                num_workers=self.args.dataloader_num_workers,
-                pin_memory=self.args.dataloader_pin_memory,
-            )
-        )
-
-    def _data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-    # ---- the step ------------------------------------------------------------------------------------------------
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one micro-batch; returns its share of the step's loss."""
-        self.tokens_seen += real_tokens(inputs)
-        with self._attention():
-            return super().training_step(model, inputs, num_items_in_batch)
-
-    def _attention(self) -> AbstractContextManager:
-        return documents_attend(self._attention_configs) if self._attention_configs else nullcontext()
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Σ weight · nll of this micro-batch over the trained tokens of the whole step, on all ranks."""
-        if return_outputs:
-            return self._loss_with_logits(model, inputs)
-        weight = step_weight(inputs) if num_items_in_batch is None else num_items_in_batch
-        found = self._token_loss(model, inputs)
-        # DDP averages gradients over ranks; the weight already counts the tokens of all of them
-        ranks = self.accelerator.num_processes if num_items_in_batch is not None else 1
-        return found.loss * (ranks / weight)
-
-    def _token_loss(self, model: nn.Module, inputs: dict[str, Any], count_correct: bool = False) -> TokenLoss:
-        """Run the model with the loss formed in its head."""
-        request = loss_request(inputs, plain_head=self.support.plain_head, count_correct=count_correct)
-        batch = {key: value for key, value in inputs.items() if key not in HOST_KEYS}
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        with loss_in_head(head, request):
-            logits = model(**batch, use_cache=False).logits
-        return request.from_logits(logits)
-
-    def _loss_with_logits(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """Loss and full outputs, for callers that want logits (`compute_metrics`)."""
-        batch = {key: value for key, value in inputs.items() if key not in HOST_KEYS}
-        with self._attention():
-            outputs = model(**batch, use_cache=False)
-        request = loss_request(inputs, plain_head=False)
-        rows = outputs.logits.reshape(-1, outputs.logits.shape[-1])[request.index]
-        return request.from_logits(rows).loss / step_weight(inputs), outputs
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | float | None:
-        """Weight of all trained tokens of one step: over its micro-batches, and over all ranks."""
-        if not batch_samples:
-            return None
-        total = sum(step_weight(batch) for batch in batch_samples)
-        if self.args.world_size > 1:
-            total = self.accelerator.reduce(torch.as_tensor(total, dtype=torch.float64, device=device), "sum")
-        return total
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """0: transformers' count walks every module at every micro-batch; ours is `tokens_seen`."""
-        return 0
-
-    # ---- evaluation ----------------------------------------------------------------------------------------------
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Loss, perplexity and accuracy per trained token, the same for every batch size."""
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """This process's evaluation batches; padded rows where `compute_metrics` wants logits row by row."""
         if self.compute_metrics is not None:
-            return super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        model = self.model_wrapped
-        if not self.is_in_train and not self.accelerator._models:
-            model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        model.eval()
-        self.callback_handler.eval_dataloader = dataloader
-        loss, weight, correct, count = self._summed(model, dataloader)
-        if count == 0:
-            raise ConfigError("the evaluation set has no trained token, so it has no loss.")
-        metrics = {"loss": loss / weight, "perplexity": perplexity(loss / weight), "token_accuracy": correct / count}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(
-            predictions=None, label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader)
+            with self._padded_batches():
+                return super().get_eval_dataloader(eval_dataset)
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        if dataset is None:
+            raise ConfigError("eval_dataset is missing. Give it to SFTTrainer or to evaluate().")
+        if isinstance(dataset, IterableDataset | datasets.IterableDataset):
+            return stream_loader(dataset, self.args.eval_batch_size, self._collator("evaluation"), self.args)
+        if not self._own_batches:
+            return super().get_eval_dataloader(eval_dataset)
+        return loader(
+            self._read(dataset, "evaluation"), eval_batches(dataset, self.args), self.data_collator, self.args
         )
 
-    def _summed(self, model: nn.Module, dataloader: DataLoader) -> list[float]:
-        """Loss, weight, likeliest-token hits and trained tokens, over all batches and ranks; one wait at the end."""
-        exact = torch.float32 if self.args.device.type == "mps" else torch.float64  # mps has no float64
-        sums = torch.zeros(4, dtype=exact, device=self.args.device)
-        for inputs in dataloader:
-            inputs = self._prepare_inputs(inputs)
-            with torch.no_grad(), self._attention():
-                found = self._token_loss(model, inputs, count_correct=True)
-            figures = (found.loss, step_weight(inputs), found.correct, loss_request(inputs).targets.numel())
-            sums += torch.stack([torch.as_tensor(figure, dtype=exact, device=sums.device) for figure in figures])
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        return self.accelerator.reduce(sums, "sum").tolist()
+    def _read(self, dataset: Any, description: str) -> Any:
+        """Without the columns that no collator reads."""
+        if isinstance(dataset, datasets.Dataset):
+            return self._remove_unused_columns(dataset, description)
+        return dataset
 
-    # ---- after ---------------------------------------------------------------------------------------------------
+    def _collator(self, description: str) -> Callable:
+        if self._own_batches:
+            return self.data_collator
+        return self._get_collator_with_removed_columns(self.data_collator, description)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Model or adapter, tokenizer and template, all as safetensors and JSON; no pickled arguments."""
-        super()._save(output_dir, state_dict)
-        arguments = os.path.join(output_dir or self.args.output_dir, "training_args.bin")
-        if os.path.isfile(arguments):
-            os.remove(arguments)
+
+def one_of(processing_class: Any, tokenizer: Any) -> Any:
+    """`processing_class`, or what stands under its older name.
+
+    Raises: ConfigError if both are given.
+    """
+    if tokenizer is None:
+        return processing_class
+    if processing_class is not None:
+        raise ConfigError("tokenizer and processing_class are two names of one argument. Give processing_class only.")
+    warnings.warn("SFTTrainer: tokenizer= is the older name of processing_class=.", FutureWarning, stacklevel=3)
+    return tokenizer
 
 
 def named_model(model: nn.Module | str | None, args: SFTConfig) -> nn.Module:
@@ -315,7 +258,7 @@ def named_model(model: nn.Module | str | None, args: SFTConfig) -> nn.Module:
     if model is None:
         raise ConfigError("SFTTrainer: model is missing. Give a model, a folder or a Hub id.")
     if isinstance(model, str):
-        return load_model(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
+        return load_any(model, trainable_adapter=True, **{"dtype": "float32", **(args.model_init_kwargs or {})})
     if args.model_init_kwargs:
         raise ConfigError("You passed model_init_kwargs to the SFTConfig, but your model is already instantiated.")
     return model
@@ -330,34 +273,11 @@ def templated(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> 
     return tokenizer
 
 
-def longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerBase, otherwise: int = 1024) -> int:
-    """Longest input, in tokens, that the model or its tokenizer names; `otherwise` where neither does."""
+def longest_row(args: SFTConfig, model: nn.Module, tokenizer: Any) -> int:
+    """`max_length`, its default lowered to what the tokenizer was made for; `None` is what the model was made for."""
+    limit = getattr(tokenizer, "model_max_length", None) or 10**30  # "very large" stands for unknown
+    if args.max_length is not None:
+        return min(args.max_length, limit) if args.max_length == DEFAULT_MAX_LENGTH else args.max_length
     config = getattr(model, "config", None)
     named = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
-    return named or (tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else otherwise)
-
-
-def loss_request(inputs: dict[str, Any], **options: Any) -> HeadLoss:
-    """Where the loss of a batch is formed: as our collators found it, or found here for other people's."""
-    found = inputs if "loss_index" in inputs else loss_positions(inputs["labels"])
-    return HeadLoss(found["loss_index"], found["loss_targets"], found.get("loss_weights"), **options)
-
-
-def step_weight(inputs: dict[str, Any]) -> Tensor | float:
-    """Weight of a micro-batch's trained tokens, at least a hair above none."""
-    if "loss_weights" in inputs:
-        return inputs["loss_weights"].sum().clamp(min=1e-12)
-    return max(loss_request(inputs).targets.numel(), 1e-12)
-
-
-def real_tokens(inputs: dict[str, Any]) -> int:
-    """Tokens of a micro-batch without padding, from the host where the collator left the count there."""
-    if "num_tokens" in inputs:
-        return inputs["num_tokens"]
-    mask = inputs.get("attention_mask")
-    return int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
-
-
-def perplexity(loss: float) -> float:
-    """E to the loss; infinite where that overflows."""
-    return float(torch.tensor(loss, dtype=torch.float64).exp())
+    return named or (limit if limit < 10**9 else DEFAULT_MAX_LENGTH)

@@ -1,0 +1,143 @@
+"""Evaluation per trained token: the same figures for every batch size, layout and number of processes."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
+
+from tunesmith.errors import ConfigError
+from tunesmith.train.collate import PaddedCollator
+from tunesmith.train.step import TokenTrainer, loss_request, stacked, step_weight
+
+
+class EvaluatingTrainer(TokenTrainer):
+    """Adds `evaluate` and `predict` to the step.
+
+    `_prepared(name, dataset)` is the subclass's: raw rows become token rows.
+    """
+
+    _prepared: Callable[[str, Any], Any]
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **gen_kwargs: Any,
+    ) -> dict[str, float]:
+        """Loss, perplexity, accuracy and entropy per trained token; a dict of datasets gives `eval_<key>_loss`, ...
+
+        Args:
+            eval_dataset: rows in any format that the constructor takes, or a dict of them; `None`: its `eval_dataset`.
+        """
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepared("eval_dataset", eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
+
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+        **gen_kwargs: Any,
+    ) -> PredictionOutput:
+        """Logits (rows, tokens, V) and labels of every row, padded with -100, and the metrics of `evaluate`.
+
+        For written answers use `evaluate.predict.predict`, or `tunesmith predict`.
+        """
+        return super().predict(
+            self._prepared("test_dataset", test_dataset), ignore_keys, metric_key_prefix, **gen_kwargs
+        )
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Padded rows: predictions are handed out row by row."""
+        with self._padded_batches():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _padded_batches(self):
+        """Inside, batches are padded rows, unless the caller brought a collator."""
+        before = self.data_collator
+        if self._own_batches:
+            pad = getattr(self.processing_class, "pad_token_id", None)
+            self.data_collator = PaddedCollator(0 if pad is None else pad)
+        try:
+            yield
+        finally:
+            self.data_collator = before
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The sums over all batches, with all logits too where somebody asked for them; one forward either way."""
+        self._sums = self._no_sums()
+        if prediction_loss_only if prediction_loss_only is not None else self.args.prediction_loss_only:
+            self._sum(dataloader)
+            output = EvalLoopOutput(None, None, {}, num_samples=self.num_examples(dataloader))
+        else:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        sums = self.accelerator.reduce(self._sums, "sum").tolist()
+        if sums[-1] == 0 and description == "Evaluation":
+            raise ConfigError("the evaluation set has no trained token, so it has no loss.")
+        figures = figures_of(*sums) if sums[-1] else {}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    def _no_sums(self) -> Tensor:
+        exact = torch.float32 if self.args.device.type == "mps" else torch.float64  # mps has no float64
+        return torch.zeros(5, dtype=exact, device=self.args.device)
+
+    def _sum(self, dataloader: DataLoader) -> None:
+        """Run all batches; nothing waits for the device."""
+        model = self.model_wrapped
+        if not self.is_in_train and not self.accelerator._models:
+            model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad(), self._attention(inputs), self.compute_loss_context_manager():
+                found, _ = self._token_loss(model, inputs, metrics=True)
+            self._add(found, inputs)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    def _add(self, found: Any, inputs: dict[str, Any]) -> None:
+        count = loss_request(inputs).targets.numel()
+        weight = step_weight(inputs) if count else 0.0
+        self._sums += stacked((found.loss, weight, found.correct, found.entropy, count), self._sums)
+
+    def _loss_with_logits(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> tuple[Tensor, Any]:
+        loss, outputs = super()._loss_with_logits(model, inputs, num_items_in_batch)
+        if not model.training:
+            request = loss_request(inputs, plain_head=False, count_correct=True)
+            rows = outputs.logits.reshape(-1, outputs.logits.shape[-1])[request.index]
+            self._add(request.from_logits(rows), inputs)
+        return loss, outputs
+
+
+def figures_of(loss: float, weight: float, correct: float, entropy: float, count: float) -> dict[str, float]:
+    """Means per trained token, from their sums."""
+    return {
+        "loss": loss / weight,
+        "perplexity": perplexity(loss / weight),
+        "mean_token_accuracy": correct / count,
+        "entropy": entropy / count,
+    }
+
+
+def perplexity(loss: float) -> float:
+    """E to the loss; infinite where that overflows."""
+    return float(torch.tensor(loss, dtype=torch.float64).exp())

@@ -1,0 +1,67 @@
+"""DataLoaders over token rows: this process's batches, exactly once each, in an order drawn from (seed, epoch)."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import datasets
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from transformers import TrainingArguments
+from transformers.trainer_utils import seed_worker
+
+from tunesmith.train.batching import EpochSampler, RankBatches, TokenBudgetBatches
+from tunesmith.train.options import SFTConfig
+
+
+def train_batches(dataset: Any, args: SFTConfig) -> Sampler[list[int]]:
+    """This process's micro-batches of a training set."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    shuffle = args.train_sampling_strategy != "sequential"
+    where = {"rank": args.process_index, "ranks": args.world_size}
+    if args.tokens_per_batch is not None:
+        return TokenBudgetBatches(row_lengths(dataset), args.tokens_per_batch, seed, shuffle=shuffle, **where)
+    sampler = EpochSampler(len(dataset), seed, shuffle=shuffle)
+    return RankBatches(sampler, args.train_batch_size, drop_last=args.dataloader_drop_last, **where)
+
+
+def eval_batches(dataset: Any, args: SFTConfig) -> Sampler[list[int]]:
+    """This process's micro-batches of an evaluation set, in the order of its rows."""
+    sampler = EpochSampler(len(dataset), seed=0, shuffle=False)
+    return RankBatches(sampler, args.eval_batch_size, rank=args.process_index, ranks=args.world_size)
+
+
+def row_lengths(dataset: Any) -> list[int]:
+    """Tokens of each row."""
+    rows = dataset["input_ids"] if isinstance(dataset, datasets.Dataset) else (row["input_ids"] for row in dataset)
+    return [len(ids) for ids in rows]
+
+
+def loader(dataset: Any, batches: Sampler[list[int]], collate: Callable, args: TrainingArguments) -> DataLoader:
+    """A DataLoader whose batches are on the device; `batches` has been shared out among processes already."""
+    made = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **workers(args))
+    return prepare_data_loader(made, args.device, num_processes=1, process_index=0, put_on_device=True)
+
+
+def stream_loader(dataset: IterableDataset, batch_size: int, collate: Callable, args: TrainingArguments) -> DataLoader:
+    """The same for rows that come one by one: each process reads all of them and takes its share of every batch."""
+    made = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, **workers(args))
+    return prepare_data_loader(
+        made,
+        args.device,
+        num_processes=args.world_size,
+        process_index=args.process_index,
+        put_on_device=True,
+        dispatch_batches=False,  # a flat batch cannot be cut into equal parts
+    )
+
+
+def workers(args: TrainingArguments) -> dict[str, Any]:
+    """DataLoader arguments that say who reads."""
+    return {
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory and args.device.type == "cuda",
+        "persistent_workers": args.dataloader_persistent_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "worker_init_fn": partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+    }

@@ -1,0 +1,192 @@
+"""TokenTrainer: transformers' trainer with a loss at trained tokens only, normalised over the whole step."""
+
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer
+from transformers.trainer_utils import TrainOutput
+
+from tunesmith.data import IGNORE_INDEX
+from tunesmith.model.attention import documents_attend
+from tunesmith.model.capabilities import Support
+from tunesmith.train.collate import loss_positions
+from tunesmith.train.head import HeadLoss, loss_in_head
+from tunesmith.train.loss import TokenLoss
+
+HOST_KEYS = ("labels", "loss_index", "loss_targets", "loss_weights", "num_tokens")
+
+
+class TokenTrainer(Seq2SeqTrainer):
+    """Runs the step: forward with the loss formed in the head, backward, and the figures that are logged.
+
+    Attributes:
+        support: how the model may be fed; whoever builds the trainer sets it.
+        tokens_seen: real tokens this process has trained on in this session, no padding.
+    """
+
+    support: Support
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # our loss is normalised over the whole step
+        self.loss_is_scaled_for_ga = True  # the same, for transformers ≥ 5.2x
+        self.label_names = ["labels"]  # transformers reads them off a forward's signature, which wrappers hide
+        self.tokens_seen = 0
+        self._tokens_before: int | None = None  # of the sessions before this one, all processes
+        self._attention_configs: list[Any] = []
+        self._figures = torch.zeros(3)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; arguments as in transformers: `resume_from_checkpoint`, `trial`, `ignore_keys_for_eval`."""
+        self.tokens_seen, self._tokens_before = 0, None
+        self._figures = torch.zeros(3, device=self.args.device)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.is_in_train = False
+
+    # ---- the step ------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch; returns its share of the step's loss."""
+        if self._tokens_before is None:
+            self._tokens_before = self.state.num_input_tokens_seen  # from the checkpoint, if there was one
+        self.tokens_seen += real_tokens(inputs)
+        with self._attention(inputs), self._activations():
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On the device, with the places of the loss, which our collators have found already."""
+        inputs = super()._prepare_inputs(inputs)
+        return inputs if "loss_index" in inputs else {**inputs, **loss_positions(inputs["labels"])}
+
+    def _attention(self, inputs: dict[str, Any]) -> AbstractContextManager:
+        """Document attention, for batches that say where documents end."""
+        flat = self._attention_configs and "document_lengths" in inputs
+        return documents_attend(self._attention_configs) if flat else nullcontext()
+
+    def _activations(self) -> AbstractContextManager:
+        offload = self.args.activation_offloading
+        return torch.autograd.graph.save_on_cpu(pin_memory=True) if offload else nullcontext()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Σ weight · loss of this micro-batch over the weight of the whole step's trained tokens, on all ranks."""
+        if return_outputs or self.compute_loss_func is not None:
+            loss, outputs = self._loss_with_logits(model, inputs, num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
+        weight = step_weight(inputs) if num_items_in_batch is None else num_items_in_batch
+        found, balance = self._token_loss(model, inputs, metrics=self.args.token_metrics)
+        if self.args.token_metrics:
+            self._figures += stacked((found.correct, found.entropy, inputs["loss_targets"].numel()), self._figures)
+        loss = found.loss * (self._ranks_averaged(num_items_in_batch) / weight)
+        if balance is not None:
+            loss = loss + balance * (self.args.router_aux_loss_coef / self.current_gradient_accumulation_steps)
+        return loss
+
+    def _ranks_averaged(self, num_items_in_batch: Any) -> int:
+        """DDP averages gradients over ranks, and the step's weight already counts the tokens of all of them."""
+        return self.accelerator.num_processes if num_items_in_batch is not None else 1
+
+    def _token_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *, metrics: bool = False
+    ) -> tuple[TokenLoss, Tensor | None]:
+        """Run the model with the loss formed in its head; the sums, and an expert model's load-balancing loss."""
+        request = loss_request(inputs, plain_head=self.support.plain_head, count_correct=metrics)
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        with loss_in_head(head, request):
+            outputs = model(**self._model_inputs(inputs), use_cache=False)
+        return request.from_logits(outputs.logits), getattr(outputs, "aux_loss", None)
+
+    def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        batch = {key: value for key, value in inputs.items() if key not in HOST_KEYS}
+        return batch | {"output_router_logits": True} if self.args.router_aux_loss_coef else batch
+
+    def _loss_with_logits(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Loss and full outputs of one forward, for callers that want logits: `compute_metrics`, `predict`."""
+        with self._attention(inputs):
+            outputs = model(**self._model_inputs(inputs), use_cache=False)
+        if self.compute_loss_func is not None:
+            loss = self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=num_items_in_batch)
+            return loss * self._ranks_averaged(num_items_in_batch), outputs
+        request = loss_request(inputs, plain_head=False)
+        rows = outputs.logits.reshape(-1, outputs.logits.shape[-1])[request.index]
+        return request.from_logits(rows).loss / step_weight(inputs), outputs
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | float | None:
+        """Weight of all trained tokens of one step: over its micro-batches, and over all ranks."""
+        if not batch_samples:
+            return None
+        total = sum(step_weight(batch) for batch in batch_samples)
+        if self.args.world_size > 1:
+            total = self.accelerator.reduce(torch.as_tensor(total, dtype=torch.float64, device=device), "sum")
+        return total
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """0: transformers' count walks every module at every micro-batch; ours is `tokens_seen`."""
+        return 0
+
+    # ---- what is logged and saved --------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the figures of the trained tokens since the last log line."""
+        if self.is_in_train and "loss" in logs:
+            logs["num_tokens"] = self._count_tokens()
+            if self.args.token_metrics:
+                correct, entropy, count = self.accelerator.reduce(self._figures, "sum").tolist()
+                self._figures.zero_()
+                logs |= {"mean_token_accuracy": correct / max(count, 1), "entropy": entropy / max(count, 1)}
+        super().log(logs, start_time)
+
+    def _count_tokens(self) -> int:
+        """Real tokens trained on by all processes, sessions before this one included; kept in the trainer's state."""
+        here = torch.tensor(self.tokens_seen, dtype=torch.int64, device=self.args.device)
+        total = (self._tokens_before or 0) + int(self.accelerator.reduce(here, "sum"))
+        if self.args.include_num_input_tokens_seen == "no":  # else transformers counts there
+            self.state.num_input_tokens_seen = total
+        return total
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._count_tokens()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Model or adapter, tokenizer and template, all as safetensors and JSON; no pickled arguments."""
+        super()._save(output_dir, state_dict)
+        arguments = os.path.join(output_dir or self.args.output_dir, "training_args.bin")
+        if os.path.isfile(arguments):
+            os.remove(arguments)
+
+
+def stacked(values: Iterable[Any], like: Tensor) -> Tensor:
+    """Numbers and scalar tensors as one tensor of the type and device of `like`; no wait for the device."""
+    return torch.stack([torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in values])
+
+
+def loss_request(inputs: dict[str, Any], **options: Any) -> HeadLoss:
+    """Where the loss of a prepared batch is formed."""
+    return HeadLoss(inputs["loss_index"], inputs["loss_targets"], inputs.get("loss_weights"), **options)
+
+
+def step_weight(inputs: dict[str, Any]) -> Tensor | float:
+    """Weight of a micro-batch's trained tokens, at least a hair above none."""
+    if "loss_weights" in inputs:
+        return inputs["loss_weights"].sum().clamp(min=1e-12)
+    if "loss_targets" in inputs:
+        return max(inputs["loss_targets"].numel(), 1e-12)
+    return (inputs["labels"][..., 1:] != IGNORE_INDEX).sum().clamp(min=1e-12)
+
+
+def real_tokens(inputs: dict[str, Any]) -> int:
+    """Tokens of a micro-batch without padding, from the host where the collator left the count there."""
+    if "num_tokens" in inputs:
+        return inputs["num_tokens"]
+    mask = inputs.get("attention_mask")
+    return int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
