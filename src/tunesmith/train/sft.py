@@ -1,7 +1,5 @@
 """SFTTrainer: rows in any known format and a causal language model go in, a trained model comes out."""
 
-import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,15 +14,16 @@ from tunesmith.data.pack import pack
 from tunesmith.data.prepare import prepare
 from tunesmith.data.report import Report
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.model.adapt import attach, count_parameters
+from tunesmith.model.adapt import attach, count_parameters, upcast_trainable
 from tunesmith.model.attention import attention_configs
 from tunesmith.model.capabilities import Support, probe_model
-from tunesmith.model.load import check_vocabulary, load_any, load_tokenizer, read_template
-from tunesmith.train.choose import settled
+from tunesmith.model.load import check_vocabulary, load_any
+from tunesmith.train.choose import keeps_masters, settled
 from tunesmith.train.collate import FlatCollator, PaddedCollator
 from tunesmith.train.evaluation import EvaluatingTrainer
 from tunesmith.train.loaders import eval_batches, loader, stream_loader, train_batches
 from tunesmith.train.options import SFTConfig
+from tunesmith.train.processing import one_of, processing_for, tokenizer_in
 
 MODEL_COLUMNS = ("input_ids", "labels", "weights", "seq_lengths")
 DEFAULT_MAX_LENGTH = 1024
@@ -85,16 +84,15 @@ class SFTTrainer(EvaluatingTrainer):
         args = SFTConfig() if args is None else args
         if args.device.type == "cpu":
             allocator.tune()
-        processing_class = one_of(processing_class, tokenizer)
-        model = named_model(model, args)
-        self.tokenizer = templated(processing_class or load_tokenizer(model.config._name_or_path), args.chat_template)
-        check_vocabulary(model, self.tokenizer)
-        if peft_config is not None:
-            set_seed(args.seed)  # adapters draw their first weights
-            model = attach(model, peft_config)
+        self.args, self.model_init, self._peft_config = args, model_init, peft_config
+        model = self._fresh_model(model)
+        processing_class = processing_for(model, one_of(processing_class, tokenizer), args)
+        self.tokenizer = tokenizer_in(processing_class)
+        if self.tokenizer is not None:
+            check_vocabulary(model, self.tokenizer)
+        model = self._adapted(model)
         self.max_length = longest_row(args, model, self.tokenizer)
         self.reports: dict[str, Report] = {}
-        self.args = args
         self._own_batches = data_collator is None
         train_dataset = self._prepared("train_dataset", train_dataset)
         eval_dataset = self._prepared("eval_dataset", eval_dataset)
@@ -106,7 +104,7 @@ class SFTTrainer(EvaluatingTrainer):
             data_collator=data_collator or FlatCollator(),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=self.tokenizer,
+            processing_class=processing_class,
             compute_metrics=compute_metrics,
             compute_loss_func=compute_loss_func,
             callbacks=callbacks,
@@ -115,12 +113,50 @@ class SFTTrainer(EvaluatingTrainer):
         )
         if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
             raise ConfigError("optimizers and optimizer_cls_and_kwargs both name the optimizer. Give one of them.")
+        self.model_init = model_init
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs  # Seq2SeqTrainer does not pass it on
         if use_cache is not None:
             model.config.use_cache = use_cache  # the trainer turns it off in the config, which would be saved
         self.support = self._probe(data_collator)
 
     # ---- before training -----------------------------------------------------------------------------------------
+
+    def _fresh_model(self, model: nn.Module | str | None) -> nn.Module:
+        """The model itself, the one that its name stands for, or what `model_init` makes.
+
+        Raises: ConfigError for none or two of them, or for `model_init_kwargs` beside a model that exists already.
+        """
+        if model is not None and self.model_init is not None:
+            raise ConfigError("SFTTrainer takes either a model or a model_init, but not both. Remove one.")
+        if self.model_init is not None:
+            return super().call_model_init()
+        if model is None:
+            raise ConfigError("SFTTrainer: model is missing. Give a model, a folder or a Hub id.")
+        given = dict(self.args.model_init_kwargs or {})
+        if isinstance(model, str):
+            given.setdefault("dtype", given.pop("torch_dtype", "float32"))
+            return load_any(model, trainable_adapter=True, **given)
+        if given:
+            raise ConfigError(
+                "You passed model_init_kwargs to the SFTConfig, but your model is already instantiated. "
+                f"Give {', '.join(given)} to from_pretrained, or pass the model's name."
+            )
+        return model
+
+    def _adapted(self, model: nn.Module) -> nn.Module:
+        """The model with its adapter, if one was asked for."""
+        if self._peft_config is None:
+            return model
+        set_seed(self.args.seed)  # adapters draw their first weights
+        return attach(model, self._peft_config)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A new model, made ready as the first was; `train` begins with it where there is a `model_init`."""
+        model = self._adapted(super().call_model_init(trial))
+        if keeps_masters(self.args):
+            upcast_trainable(model)
+        self._attention_configs = attention_configs(model) if self._attention_configs else []
+        return model
 
     def _prepared(self, name: str, dataset: Any) -> Any:
         """Rows → tokenized (and packed) rows; datasets with `input_ids` pass through."""
@@ -235,42 +271,6 @@ class SFTTrainer(EvaluatingTrainer):
         if self._own_batches:
             return self.data_collator
         return self._get_collator_with_removed_columns(self.data_collator, description)
-
-
-def one_of(processing_class: Any, tokenizer: Any) -> Any:
-    """`processing_class`, or what stands under its older name.
-
-    Raises: ConfigError if both are given.
-    """
-    if tokenizer is None:
-        return processing_class
-    if processing_class is not None:
-        raise ConfigError("tokenizer and processing_class are two names of one argument. Give processing_class only.")
-    warnings.warn("SFTTrainer: tokenizer= is the older name of processing_class=.", FutureWarning, stacklevel=3)
-    return tokenizer
-
-
-def named_model(model: nn.Module | str | None, args: SFTConfig) -> nn.Module:
-    """The model itself, or the one a name stands for.
-
-    Raises: ConfigError for no model, or for `model_init_kwargs` beside a model that exists already.
-    """
-    if model is None:
-        raise ConfigError("SFTTrainer: model is missing. Give a model, a folder or a Hub id.")
-    if isinstance(model, str):
-        return load_any(model, trainable_adapter=True, **{"dtype": "float32", **(args.model_init_kwargs or {})})
-    if args.model_init_kwargs:
-        raise ConfigError("You passed model_init_kwargs to the SFTConfig, but your model is already instantiated.")
-    return model
-
-
-def templated(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer, or a copy that has `chat_template`; the caller's stays as it is."""
-    if chat_template is None or tokenizer.chat_template == read_template(chat_template):
-        return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = read_template(chat_template)
-    return tokenizer
 
 
 def longest_row(args: SFTConfig, model: nn.Module, tokenizer: Any) -> int:

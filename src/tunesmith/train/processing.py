@@ -1,0 +1,86 @@
+"""The tokenizer or processor that a trainer is given, with the options that change it; the caller's stays as it is."""
+
+import copy
+import warnings
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tunesmith.errors import ConfigError
+from tunesmith.lookup import did_you_mean
+from tunesmith.model.load import load_tokenizer, read_template
+from tunesmith.train.options import SFTConfig
+
+
+def one_of(processing_class: Any, tokenizer: Any) -> Any:
+    """`processing_class`, or what stands under its older name.
+
+    Raises: ConfigError if both are given.
+    """
+    if tokenizer is None:
+        return processing_class
+    if processing_class is not None:
+        raise ConfigError("tokenizer and processing_class are two names of one argument. Give processing_class only.")
+    warnings.warn("SFTTrainer: tokenizer= is the older name of processing_class=.", FutureWarning, stacklevel=3)
+    return tokenizer
+
+
+def processing_for(model: Any, given: Any, args: SFTConfig) -> Any:
+    """What renders and tokenizes for `model`: the given one, or the model's own; a copy where `args` change it.
+
+    Raises: ConfigError where nothing says which tokenizer, or `eos_token` or `pad_token` is none of its tokens.
+    """
+    if given is None:
+        given = own_tokenizer(model)
+    elif getattr(tokenizer_in(given), "padding_side", "right") != "right":
+        warnings.warn(
+            f"the tokenizer's padding_side is '{tokenizer_in(given).padding_side}'. In training rows are laid end to "
+            "end or padded on the right, so it has no effect there.",
+            UserWarning,
+            stacklevel=3,
+        )
+    changes = {
+        "chat_template": None if args.chat_template is None else read_template(args.chat_template),
+        "eos_token": args.eos_token,
+        "pad_token": args.pad_token,
+    }
+    changes = {key: value for key, value in changes.items() if value is not None}
+    return changed(given, changes) if changes else given
+
+
+def tokenizer_in(processing_class: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a processor, or the tokenizer itself; `None` in image processors and feature extractors."""
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        return processing_class
+    return getattr(processing_class, "tokenizer", None)
+
+
+def own_tokenizer(model: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model's weights; the stop token pads where it has no padding token."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not name:
+        raise ConfigError("processing_class is missing, and the model was not loaded by a name. Give its tokenizer.")
+    tokenizer = load_tokenizer(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def changed(processing_class: Any, changes: dict[str, str]) -> Any:
+    """A copy of a tokenizer or processor with other special tokens or another template; itself if nothing differs."""
+    if all(getattr(tokenizer_in(processing_class), key, None) == value for key, value in changes.items()):
+        return processing_class
+    processing_class = copy.deepcopy(processing_class)
+    tokenizer = tokenizer_in(processing_class)
+    if tokenizer is None:
+        raise ConfigError(
+            f"{', '.join(changes)}: {type(processing_class).__name__} has no tokenizer. Give one that has."
+        )
+    for key, value in changes.items():
+        if key != "chat_template" and value not in tokenizer.get_vocab():
+            hint = did_you_mean(value, tokenizer.all_special_tokens)
+            raise ConfigError(f"{key}: the tokenizer has no token {value!r}.{hint} Name one of its tokens.")
+        for part in {id(part): part for part in (tokenizer, processing_class)}.values():
+            if key == "chat_template" or part is tokenizer:
+                setattr(part, key, value)
+    return processing_class
