@@ -1,4 +1,4 @@
-"""Trains small runs and writes their curves: alone in a test, or as one of several processes (`python -m` torchrun)."""
+"""Trains small runs and writes their curves: alone in a test, or as one of several processes under torchrun."""
 
 import json
 import sys
