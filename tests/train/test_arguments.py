@@ -1,4 +1,4 @@
-"""What the constructor takes: TRL 0.13's names and order, models as objects, names and makers, tokenizers, callables."""
+"""What the constructor takes: the names and order of TRL 0.13, models as objects, names and makers, callables."""
 
 import inspect
 

@@ -7,6 +7,7 @@ import datasets
 import torch
 from torch import nn
 
+from tunesmith.errors import ConfigError
 from tunesmith.model.adapt import upcast_trainable
 from tunesmith.model.capabilities import activations_fit, bf16_is_faster
 from tunesmith.train.options import SFTConfig
@@ -14,6 +15,7 @@ from tunesmith.train.options import SFTConfig
 
 def settled(args: SFTConfig, model: nn.Module, train_dataset: Any) -> tuple[SFTConfig, list[str]]:
     """A copy of `args` with nothing left open, and the lines to say; `model`'s trained weights become float32."""
+    check(args, model)
     args, lines = copy.copy(args), []
     if args.n_gpu > 1:
         lines.append(
@@ -33,6 +35,17 @@ def settled(args: SFTConfig, model: nn.Module, train_dataset: Any) -> tuple[SFTC
         args.activation_checkpointing = args.gradient_checkpointing
         args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs
     return args, lines
+
+
+def check(args: SFTConfig, model: nn.Module) -> None:
+    """Raise ConfigError for options that this model or machine cannot act on."""
+    if args.activation_offloading and args.device.type == "cpu":
+        raise ConfigError(
+            "activation_offloading: this machine trains on its cpu, whose memory the activations are in. Remove it."
+        )
+    experts = any("router" in name or "experts" in name for name, _ in model.named_modules())
+    if args.router_aux_loss_coef and not experts:
+        raise ConfigError(f"router_aux_loss_coef: {type(model).__name__} has no experts to balance. Remove it.")
 
 
 def keeps_masters(args: SFTConfig) -> bool:
