@@ -345,10 +345,7 @@ def checkpointing(args: Any, old: str) -> Any:
     asked = [name for name in names if settled.given(name) and getattr(args, name) is not None]
     if len(asked) == 2 and getattr(args, asked[0]) != getattr(args, asked[1]):
         raise ConfigError(differ(args, *asked, keep=asked[0]))
-    if asked:
-        return getattr(args, asked[0])
-    still_open = old == "gradient_checkpointing" and getattr(args, "choose_checkpointing", False)
-    return None if still_open else getattr(args, old)
+    return getattr(args, asked[0] if asked else old)
 
 
 def remember(args: Any) -> None:

@@ -119,12 +119,18 @@ class SFTConfig(LegacyFields, TrainingFields, Seq2SeqTrainingArguments):
         check_supported(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses bf16 on a CPU that it was not told to use
-        asked = checkpointing(self, "gradient_checkpointing")
-        ask_checkpointing(self, asked)
+        asked = ask_checkpointing(self)
         super().__post_init__()
-        self.choose_checkpointing = asked is None
-        self.gradient_checkpointing = bool(self.gradient_checkpointing)
+        if asked is None:  # transformers made it False
+            for name in ("gradient_checkpointing", "activation_checkpointing"):
+                if hasattr(self, name):
+                    setattr(self, name, None)
         remember(self)
+
+    @property
+    def choose_checkpointing(self) -> bool:
+        """Whether the trainer decides about gradient checkpointing."""
+        return self.gradient_checkpointing is None
 
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON can hold them; Hub tokens are blotted out.
@@ -202,15 +208,16 @@ def check_supported(args: SFTConfig) -> None:
         )
 
 
-def ask_checkpointing(args: SFTConfig, asked: bool | None) -> None:
-    """Say it under the name that the installed transformers prefers; `None` (choose for me) must survive it."""
+def ask_checkpointing(args: SFTConfig) -> bool | None:
+    """Say what was asked under the name that the installed transformers prefers; returns it, `None`: choose for me."""
+    asked = checkpointing(args, "gradient_checkpointing")
     kwargs = checkpointing(args, "gradient_checkpointing_kwargs")
-    # renamed in transformers 5.2x, which warns of the old names
-    if hasattr(args, "activation_checkpointing"):
+    if hasattr(args, "activation_checkpointing"):  # since transformers 5.2x, which warns of the old names
         args.activation_checkpointing, args.gradient_checkpointing = asked, None
         args.activation_checkpointing_kwargs, args.gradient_checkpointing_kwargs = kwargs, None
     else:
         args.gradient_checkpointing, args.gradient_checkpointing_kwargs = asked, kwargs
+    return asked
 
 
 # ------------------------------------------------------------------------------------------ for the trainer
@@ -286,7 +293,7 @@ def loading(args: SFTConfig) -> dict[str, Any]:
 def torch_type(named: Any) -> Any:
     """A dtype from its name; "auto", `None` and dtypes as they are."""
     found = getattr(torch, named, None) if isinstance(named, str) and named != "auto" else named
-    if isinstance(named, str) and named != "auto" and not isinstance(found, torch.dtype):
+    if not (found in (None, "auto") or isinstance(found, torch.dtype)) or (found is None and named is not None):
         raise ConfigError(
             f"SFTConfig: model_init_kwargs: dtype: Invalid `torch_dtype` passed to the SFTConfig. Expected 'auto', a "
             f"name such as 'bfloat16' or a torch.dtype, got {named!r}."
