@@ -143,7 +143,7 @@ def test_every_model_option_of_trl_1_16_is_a_field():
 def test_contradictions_of_the_model_options_are_errors():
     with pytest.raises(ValueError, match="You can't use 8 bit and 4 bit precision at the same time"):
         ModelConfig(load_in_8bit=True, load_in_4bit=True)
-    with pytest.raises(ConfigError, match="name one option. Keep dtype"):
+    with pytest.raises(ConfigError, match=r"name one option\. Keep dtype"):
         ModelConfig(dtype="bfloat16", torch_dtype="float16")
 
 

@@ -53,8 +53,9 @@ def explains_keywords(cls: type) -> type:
 
     @wraps(generated)
     def construct(self: Any, *args: Any, **given: Any) -> None:
-        for name in given.keys() - taken - apart:
-            raise UnknownOption(f"SFTConfig: {name}: {why_unknown(name, taken | apart)}")
+        unknown = next((name for name in given if name not in taken | apart), None)
+        if unknown is not None:
+            raise UnknownOption(f"SFTConfig: {unknown}: {why_unknown(unknown, taken | apart)}")
         for name in given.keys() & apart:
             setattr(self, name, given.pop(name))
         # a parser or a copy names every option, which says nothing about what was chosen
