@@ -6,7 +6,9 @@ Nothing here imports torch: `tunesmith --help` reads it.
 """
 
 import ast
+import copy
 import inspect
+import re
 from dataclasses import dataclass, field, fields
 from functools import cache
 from itertools import pairwise
@@ -41,12 +43,19 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def described(cls: type) -> type:
-    """Copy the text under each field into its metadata, where `HfArgumentParser` looks for help; a class decorator."""
+    """Prepare a dataclass for `HfArgumentParser`, which reads the fields' metadata; a class decorator.
+
+    The text under each field becomes its help, percent signs are doubled where argparse would format them, and a
+    switch that may be `None` can stand alone (`--bf16`). Fields of base classes are copied, not changed.
+    """
     docs = field_docs(cls)
     for declared in fields(cls):
-        if declared.name in docs and "help" not in declared.metadata:
-            text = docs[declared.name].replace("%", "%%")  # argparse formats help texts
-            declared.metadata = MappingProxyType({**declared.metadata, "help": text})
+        help_text = declared.metadata.get("help") or docs.get(declared.name, "")
+        found = {"help": re.sub(r"%%|%(?!\()", "%%", help_text)}
+        if declared.type == bool | None and declared.default is None:
+            found |= {"nargs": "?", "const": True}
+        own = cls.__dataclass_fields__[declared.name] = copy.copy(declared)
+        own.metadata = MappingProxyType({**declared.metadata, **found})
     return cls
 
 
@@ -220,7 +229,7 @@ class TrainingFields:
     """Steps between two log lines; below 1, a share of the run."""
     logging_nan_inf_filter: bool = False
     """transformers' filter that hides NaN losses from the log and makes every micro-batch wait for the device."""
-    report_to: str | list[str] | None = "none"
+    report_to: None | str | list[str] = "none"  # noqa: RUF036 - HfArgumentParser wants the first two to be these
     """Trackers of transformers (`wandb`, `tensorboard`, ...). The run directory has every figure without one."""
     remove_unused_columns: bool | None = True
     """Drop columns that the model does not read; set it to false for a collator that reads raw columns."""
