@@ -10,7 +10,7 @@ from torch import nn
 from tunesmith.errors import ConfigError
 from tunesmith.model.adapt import upcast_trainable
 from tunesmith.model.capabilities import activations_fit, bf16_is_faster
-from tunesmith.train.options import SFTConfig
+from tunesmith.train.options import SFTConfig, loading
 
 
 def settled(args: SFTConfig, model: nn.Module, train_dataset: Any) -> tuple[SFTConfig, list[str]]:
@@ -53,7 +53,7 @@ def keeps_masters(args: SFTConfig) -> bool:
     if args.fp16:
         return False  # accelerate does it
     if args.upcast_trainable is None:
-        return not {"dtype", "torch_dtype"} & (args.model_init_kwargs or {}).keys()
+        return "dtype" not in loading(args)
     return args.upcast_trainable
 
 

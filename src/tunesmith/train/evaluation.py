@@ -64,7 +64,7 @@ class EvaluatingTrainer(TokenTrainer):
         before = self.data_collator
         if self._own_batches:
             pad = getattr(self.processing_class, "pad_token_id", None)
-            self.data_collator = PaddedCollator(0 if pad is None else pad)
+            self.data_collator = PaddedCollator(0 if pad is None else pad, self.args.pad_to_multiple_of)
         try:
             yield
         finally:

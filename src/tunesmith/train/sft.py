@@ -22,7 +22,7 @@ from tunesmith.train.choose import keeps_masters, settled
 from tunesmith.train.collate import FlatCollator, PaddedCollator
 from tunesmith.train.evaluation import EvaluatingTrainer
 from tunesmith.train.loaders import eval_batches, loader, stream_loader, train_batches
-from tunesmith.train.options import SFTConfig
+from tunesmith.train.options import SFTConfig, as_sft_config, loading, modernized
 from tunesmith.train.processing import one_of, processing_for, tokenizer_in
 
 MODEL_COLUMNS = ("input_ids", "labels", "weights", "seq_lengths")
@@ -81,7 +81,7 @@ class SFTTrainer(EvaluatingTrainer):
         optimizer_cls_and_kwargs: tuple | None = None,
         quantization_config: Any = None,
     ):
-        args = SFTConfig() if args is None else args
+        args = modernized(as_sft_config(args))
         if args.device.type == "cpu":
             allocator.tune()
         self.args, self.model_init, self._peft_config = args, model_init, peft_config
@@ -91,7 +91,7 @@ class SFTTrainer(EvaluatingTrainer):
         if self.tokenizer is not None:
             check_vocabulary(model, self.tokenizer)
         model = self._adapted(model)
-        self.max_length = longest_row(args, model, self.tokenizer)
+        self.max_length = args.max_length = args.max_seq_length = longest_row(args, model, self.tokenizer)
         self.reports: dict[str, Report] = {}
         self._own_batches = data_collator is None
         train_dataset = self._prepared("train_dataset", train_dataset)
@@ -132,11 +132,9 @@ class SFTTrainer(EvaluatingTrainer):
             return super().call_model_init()
         if model is None:
             raise ConfigError("SFTTrainer: model is missing. Give a model, a folder or a Hub id.")
-        given = dict(self.args.model_init_kwargs or {})
         if isinstance(model, str):
-            given.setdefault("dtype", given.pop("torch_dtype", "float32"))
-            return load_any(model, trainable_adapter=True, **given)
-        if given:
+            return load_any(model, trainable_adapter=True, **{"dtype": "float32", **loading(self.args)})
+        if given := self.args.model_init_kwargs:
             raise ConfigError(
                 "You passed model_init_kwargs to the SFTConfig, but your model is already instantiated. "
                 f"Give {', '.join(given)} to from_pretrained, or pass the model's name."
@@ -201,7 +199,7 @@ class SFTTrainer(EvaluatingTrainer):
             support = support._replace(layout="padded")
         elif support.layout == "padded":
             pad = self.processing_class.pad_token_id
-            self.data_collator = PaddedCollator(0 if pad is None else pad)
+            self.data_collator = PaddedCollator(0 if pad is None else pad, self.args.pad_to_multiple_of)
         else:
             self.data_collator = FlatCollator(boundaries=support.layout == "documents")
         self._attention_configs = attention_configs(self.model) if support.layout == "documents" else []

@@ -45,9 +45,13 @@ class TokenTrainer(Seq2SeqTrainer):
         self.tokens_seen, self._tokens_before = 0, None
         self._figures = torch.zeros(3, device=self.args.device)
         try:
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
         finally:
             self.is_in_train = False
+        if self.args.include_tokens_per_second:
+            tokens = self._count_tokens() - (self._tokens_before or 0)
+            output.metrics["train_tokens_per_second"] = tokens / output.metrics["train_runtime"]
+        return output
 
     # ---- the step ------------------------------------------------------------------------------------------------
 
