@@ -56,7 +56,8 @@ class ConstantLengthDataset(IterableDataset):
         current_size: rows yielded so far.
         dropped_tokens: tokens at the end of the last finished pass that made no full row; also logged.
 
-    `len()` is the number of rows of `dataset`, as it was in TRL, not of the rows yielded.
+    `len()` is the number of rows of `dataset`, as it was in TRL, not of the rows yielded: a trainer that counts the
+    steps of an epoch by it goes on to the next epoch too early where samples are long. Set max_steps.
     """
 
     def __init__(
@@ -177,7 +178,7 @@ class ConstantLengthDataset(IterableDataset):
         self.dropped_tokens = len(rest)
         if rest:
             logger.warning(
-                "%d tokens at the end of the pass made no full row of %d and were left out. packing=True keeps them.",
+                "%d token(s) at the end of the pass made no full row of %d and were left out. packing=True keeps them.",
                 len(rest),
                 self.seq_length,
             )
