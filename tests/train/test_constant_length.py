@@ -244,7 +244,7 @@ def test_what_makes_no_full_row_is_counted_and_said(caplog):
     with caplog.at_level(logging.WARNING):
         assert shown(dataset) == ["one|two|th", "ree|four|f"]
     assert dataset.dropped_tokens == 4
-    assert "4 token(s) at the end of the pass made no full row of 10 and were left out. packing=True" in caplog.text
+    assert "4 token(s) at the end of the pass made no full row of 10 and were left out; packing=True" in caplog.text
 
 
 # trainer: G12

@@ -178,7 +178,7 @@ class ConstantLengthDataset(IterableDataset):
         self.dropped_tokens = len(rest)
         if rest:
             logger.warning(
-                "%d token(s) at the end of the pass made no full row of %d and were left out. packing=True keeps them.",
+                "%d token(s) at the end of the pass made no full row of %d and were left out; packing=True keeps all",
                 len(rest),
                 self.seq_length,
             )
