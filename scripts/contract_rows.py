@@ -4,9 +4,9 @@
     python scripts/contract_rows.py path/to/contract.md trainer    # the rows of a contract file ...
     python scripts/contract_rows.py path/to/contract.md trainer --write    # ... which are kept
 
-A contract is Markdown; its rows are those of its tables whose first column is an id such as `A1`. A test claims rows by
-a comment directly above it: `# trainer: D3 D5`. Exit code 1 if a row has no test, a test claims a row that the contract
-does not have, or such a comment stands above no test.
+A contract is Markdown; its rows are those of its tables whose first column is an id such as `A1`. A test claims rows
+by a comment directly above it: `# trainer: D3 D5`. Exit code 1 if a row has no test, if a test claims a row that the
+contract does not have, or if such a comment stands above no test.
 """
 
 import argparse
@@ -53,11 +53,7 @@ def main() -> int:
 
 
 def contract_rows(text: str) -> list[str]:
-    """Ids in the first column of the tables of a contract, in their order.
-
-    >>> contract_rows("| # | Row |\\n|---|---|\\n| A1 | works | \\n| 1.16 | gone |\\n| A2 | see | B1 |")
-    ['A1', 'A2']
-    """
+    """Ids in the first column of the tables of a contract, in their order."""
     found = (ROW.match(line) for line in text.splitlines())
     return list(dict.fromkeys(match[1] for match in found if match))
 

@@ -73,7 +73,7 @@ def test_comments_directly_above_a_test_claim_rows(project):
         "B10": ["test_it.py::test_one"],
         "C7": ["test_it.py::test_three"],
     }
-    assert claims.stray == ["test_it.py:17"]
+    assert claims.stray == ["test_it.py:16"]
 
 
 def test_every_problem_is_printed(project, capsys):
@@ -82,7 +82,7 @@ def test_every_problem_is_printed(project, capsys):
     assert "A2    -\n" in printed
     assert "1 rows without a test: A2" in printed
     assert "1 rows that the contract does not have: C7 (test_it.py::test_three)" in printed
-    assert "1 comments that stand directly above no test: test_it.py:17" in printed
+    assert "1 comments that stand directly above no test: test_it.py:16" in printed
 
 
 def test_a_whole_contract_is_said_to_be_whole(project, capsys):

@@ -355,7 +355,7 @@ def test_flash_attention_2(example):
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is there")
 def test_flash_attention_2_says_what_is_missing(example):
     pytest.importorskip("bitsandbytes")
-    with pytest.raises((ImportError, ValueError), match="[Ff]lash"):
+    with pytest.raises((ImportError, ValueError), match=r"[Ff]lash"):
         example("flash_attention_2")
 
 
@@ -424,7 +424,7 @@ def test_a_plain_module_that_is_no_pretrained_model_trains(tmp_path):
 # trainer: J4
 @pytest.mark.skipif(GPU, reason="the error is that of a machine without a GPU")
 def test_liger_says_that_it_needs_a_gpu(example):
-    with pytest.raises((ImportError, ValueError), match="[Ll]iger"):
+    with pytest.raises((ImportError, ValueError), match=r"[Ll]iger"):
         example("liger")
 
 
