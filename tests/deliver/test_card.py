@@ -116,7 +116,7 @@ def test_rows_tokens_options_and_figures_are_shown(write, args):
         {"train_loss": 2.75, "train_runtime": 9.0, "total_flos": 0.0},
     ]
     _, text = write(args=args, reports={"train_dataset": report()}, log_history=history)
-    assert "| train_dataset | 12 | 11 | 4,321 | 1,234 |" in text
+    assert "| train | 12 | 11 | 4,321 | 1,234 |" in text
     assert "| learning_rate | 2e-05 |" in text
     assert "| lr_scheduler_type | linear |" in text
     assert "| eval_loss | 2 |" in text

@@ -19,9 +19,8 @@ logger = logging.getLogger(__name__)
 TAGS = ("trl", "sft", "tunesmith")
 """In `model.model_tags` of every model trained here. `trl` is what the Hub's filters and TRL's own tests look for."""
 
-MARK = "<!-- Written by tunesmith, and again at the next save. Delete this line to keep changes of your own. -->"
+MARK = "<!-- Written by tunesmith, which will replace it. Delete this line to keep changes of your own. -->"
 BESIDE = "README.tunesmith.md"
-HOMEPAGE = "https://pypi.org/project/tunesmith"
 
 OPTIONS = (
     "learning_rate",
@@ -156,7 +155,7 @@ def data_rows(reports: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Counts of each dataset that was rendered and tokenized."""
     return [
         {
-            "dataset": name,
+            "dataset": name.replace("_dataset", ""),
             "rows read": report.read,
             "rows used": report.kept,
             "tokens": report.num_tokens,
@@ -247,7 +246,7 @@ def sections(card: Card) -> Iterator[str]:
     on = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in card.datasets)
     yield f"# {card.name}\n"
     yield f"{kind}{base.replace(' of ', ' for ') if card.is_adapter else base}{', trained on ' + on if on else ''}."
-    yield f"It was trained with SFT (supervised fine-tuning) by [tunesmith]({HOMEPAGE}) {__version__}.\n"
+    yield f"It was trained with SFT (supervised fine-tuning) by tunesmith {__version__}.\n"
     if not card.reads_images:
         yield f"## Quick start\n\n```python\n{quick_start(card)}\n```\n"
     if card.rows:
