@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 from dataclasses import is_dataclass
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def test_a_public_option_has_a_text(name):
 
 
 def own(cls: type) -> list[str]:
-    return [name for name in cls.__dict__.get("__annotations__", {}) if not name.startswith("_")]
+    return [name for name in inspect.get_annotations(cls) if not name.startswith("_")]
 
 
 def test_types_and_defaults_are_shown_as_written(tmp_path, monkeypatch):
