@@ -477,5 +477,5 @@ def test_the_loss_of_a_vision_model_is_its_own(example, models):
     model, batch = names["model"].eval(), names["collated_data"]
     with torch.no_grad():
         expected = model(**batch).loss
-        found = names["trainer"].compute_loss(model, dict(batch))
+        found = names["trainer"].compute_loss(model, names["trainer"]._prepare_inputs(dict(batch)))
     torch.testing.assert_close(found, expected)
