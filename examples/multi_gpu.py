@@ -1,7 +1,8 @@
 """Several GPUs, a process each: `accelerate launch examples/multi_gpu.py`, or `torchrun --nproc_per_node 2 ...`.
 
-`python examples/multi_gpu.py` uses one process, and all GPUs by turns (`DataParallel`), which is slower. Under DDP
-gradient checkpointing must be the kind that does not re-enter.
+`python examples/multi_gpu.py` uses one GPU, whatever their number. (TRL's documentation says all of them, by
+`DataParallel`, which would cut batches between documents.) Under DDP gradient checkpointing must be the kind that does
+not re-enter.
 """
 
 import torch
