@@ -57,8 +57,8 @@ def entry(name: str) -> Iterator[str]:
                 package = base.__module__.partition(".")[0]
                 yield f"Beside this it has everything of [`{package}.{base.__name__}`]({INHERITED[base.__name__]})."
                 break
-        if is_dataclass(value):
-            yield options(value)
+        if is_dataclass(value) and (table := options(value)):
+            yield table
 
 
 def signature(name: str, value: Any) -> str:
@@ -82,7 +82,7 @@ def as_markdown(doc: str) -> str:
 
 
 def options(cls: type) -> str:
-    """The options that tunesmith itself declares: name, type, default, text."""
+    """The options that tunesmith itself declares: name, type, default, text; nothing where it declares none."""
     docs, rows = field_docs(cls), {}
     for base in reversed(cls.__mro__):
         if base.__module__.partition(".")[0] == OWN:
@@ -92,7 +92,7 @@ def options(cls: type) -> str:
     lines = [
         f"| `{name}` | `{kind}` | {default} | {cell(docs.get(name, ''))} |" for name, (kind, default) in rows.items()
     ]
-    return "\n".join(["| option | type | default | meaning |", "|---|---|---|---|", *lines])
+    return "\n".join(["| option | type | default | meaning |", "|---|---|---|---|", *lines] if lines else [])
 
 
 def type_text(annotation: ast.expr, cls: type) -> str:

@@ -40,7 +40,6 @@ def test_a_public_name_has_a_docstring(name):
 def test_a_public_option_has_a_text(name):
     cls = getattr(tunesmith, name)
     ours = {field for base in cls.__mro__ if base.__module__.startswith("tunesmith.") for field in own(base)}
-    assert ours
     assert {field for field in ours if not field_docs(cls).get(field)} == set()
 
 

@@ -144,9 +144,10 @@ def test_an_example_begins_with_what_it_shows_and_is_run_below(path):
 # ---------------------------------------------------------------------------------------------------- quickstart
 
 
-# trainer: C1
+# trainer: C1 A14
 def test_quickstart(example, models):
     trainer = example("quickstart")["trainer"]
+    assert {"trl", "sft"} <= set(trainer.model.model_tags)
     assert_learned(trainer, models["plain"], steps=3)
     assert trainer.args.max_length == 512
     assert (Path("out") / "checkpoint-3" / "model.safetensors").is_file()
@@ -303,9 +304,10 @@ def test_model_init_kwargs(example, models):
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.bfloat16}
 
 
-# trainer: H2
+# trainer: H2 A14
 def test_lora(example):
     trainer = example("lora")["trainer"]
+    assert {"trl", "sft"} <= set(trainer.model.model_tags)
     assert_learned(trainer)
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name or "modules_to_save" in name for name in trained)
@@ -451,6 +453,13 @@ def test_model_card(example):
     assert "- film-reviews" in card
     assert "- stanfordnlp/imdb" in card
     assert "# opt-350m-imdb" in card
+
+
+# trainer: A13
+def test_only_the_first_process_writes_the_card(example, monkeypatch):
+    monkeypatch.setattr(SFTTrainer, "is_world_process_zero", lambda self: False)
+    example("model_card")
+    assert not Path("opt-350m-imdb/README.md").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- vision
