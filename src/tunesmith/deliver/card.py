@@ -240,12 +240,8 @@ def model_card(card: Card) -> str:
 
 def sections(card: Card) -> Iterator[str]:
     """The card's parts, blank lines included."""
-    base = f" of [{card.base_model}](https://huggingface.co/{card.base_model})" if card.base_model else ""
-    kind = "An adapter" if card.is_adapter else "A fine-tuned version"
-    kind = kind if base else kind.replace("version", "model")
-    on = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in card.datasets)
     yield f"# {card.name}\n"
-    yield f"{kind}{base.replace(' of ', ' for ') if card.is_adapter else base}{', trained on ' + on if on else ''}."
+    yield opening(card)
     yield f"It was trained with SFT (supervised fine-tuning) by tunesmith {__version__}.\n"
     if not card.reads_images:
         yield f"## Quick start\n\n```python\n{quick_start(card)}\n```\n"
@@ -262,6 +258,15 @@ def sections(card: Card) -> Iterator[str]:
         yield table(["figure", "value"], [[name, f"{value:.4g}"] for name, value in card.metrics.items()])
     yield "### Framework versions\n"
     yield from (f"- {name} {number}" for name, number in versions(card.is_adapter).items())
+
+
+def opening(card: Card) -> str:
+    """What the model was made of, and from what data."""
+    made = "An adapter" if card.is_adapter else "A fine-tuned version" if card.base_model else "A fine-tuned model"
+    if card.base_model:
+        made += f" {'for' if card.is_adapter else 'of'} [{card.base_model}](https://huggingface.co/{card.base_model})"
+    data = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in card.datasets)
+    return f"{made}, trained on {data}." if data else f"{made}."
 
 
 def quick_start(card: Card) -> str:
