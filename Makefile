@@ -1,6 +1,7 @@
 # make quickstart   from a clean clone to a tuned model: needs Python 3.11 or newer and nothing else
 # make test         run the test suite
 # make lint         check style
+# make docs         write docs/api.md from the source
 # make clean        remove .venv and caches; what was trained stays
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test lint docs clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -25,6 +26,9 @@ test: $(VENV)/.dev-ready
 lint: $(VENV)/.dev-ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+docs: $(VENV)/.dev-ready
+	$(BIN)/python scripts/make_api_reference.py
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

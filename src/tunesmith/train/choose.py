@@ -77,7 +77,7 @@ def longest_batch(dataset: Any, args: SFTConfig) -> int:
     """Tokens in the largest micro-batch that can come up."""
     if args.tokens_per_batch is not None:
         return args.tokens_per_batch
-    if not isinstance(dataset, datasets.Dataset):
+    if not isinstance(dataset, datasets.Dataset) or "input_ids" not in dataset.column_names:
         return args.per_device_train_batch_size * (args.max_length or 1024)
     lengths = sorted((len(ids) for ids in dataset["input_ids"]), reverse=True)
     return sum(lengths[: args.per_device_train_batch_size])

@@ -13,6 +13,7 @@ from tunesmith.data.load import Row
 from tunesmith.data.pack import pack
 from tunesmith.data.prepare import prepare
 from tunesmith.data.report import Report
+from tunesmith.deliver.card import tag_model, write_card
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model.adapt import attach, count_parameters, upcast_trainable
 from tunesmith.model.attention import attention_configs
@@ -117,6 +118,7 @@ class SFTTrainer(EvaluatingTrainer):
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs  # Seq2SeqTrainer does not pass it on
         if use_cache is not None:
             model.config.use_cache = use_cache  # the trainer turns it off in the config, which would be saved
+        tag_model(model)
         self.support = self._probe(data_collator)
 
     # ---- before training -----------------------------------------------------------------------------------------
@@ -154,6 +156,7 @@ class SFTTrainer(EvaluatingTrainer):
         if keeps_masters(self.args):
             upcast_trainable(model)
         self._attention_configs = attention_configs(model) if self._attention_configs else []
+        tag_model(model)
         return model
 
     def _prepared(self, name: str, dataset: Any) -> Any:
@@ -198,7 +201,7 @@ class SFTTrainer(EvaluatingTrainer):
         if data_collator is not None:
             support = support._replace(layout="padded")
         elif support.layout == "padded":
-            pad = self.processing_class.pad_token_id
+            pad = getattr(self.tokenizer, "pad_token_id", None)
             self.data_collator = PaddedCollator(0 if pad is None else pad, self.args.pad_to_multiple_of)
         else:
             self.data_collator = FlatCollator(boundaries=support.layout == "documents")
@@ -269,6 +272,28 @@ class SFTTrainer(EvaluatingTrainer):
         if self._own_batches:
             return self.data_collator
         return self._get_collator_with_removed_columns(self.data_collator, description)
+
+    # ---- after ---------------------------------------------------------------------------------------------------
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md into `output_dir`, on the first process only; one that a person wrote stays."""
+        if self.is_world_process_zero():
+            write_card(
+                self.args.output_dir,
+                model=self.accelerator.unwrap_model(self.model),
+                args=self.args,
+                tokenizer=self.tokenizer,
+                model_name=model_name,
+                dataset_name=dataset_name,
+                tags=tags,
+                reports=self.reports,
+                log_history=self.state.log_history,
+            )
 
 
 def longest_row(args: SFTConfig, model: nn.Module, tokenizer: Any) -> int:
