@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tunesmith.train import loss as losses
-from tunesmith.train.loss import head_loss, logits_loss, rows_per_chunk
+from tunesmith.train.loss import head_loss, logits_loss, rows_per_block
 
 N, H, V = 37, 8, 101
 
@@ -37,11 +37,11 @@ class Scaled(nn.Linear):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", [nn.Linear, Scaled])
 def test_value_and_gradients_equal_cross_entropy(monkeypatch, kind, bias, weights, chunk):
-    monkeypatch.setattr(losses, "rows_per_chunk", lambda vocabulary: chunk)
+    monkeypatch.setattr(losses, "rows_per_block", lambda *_: chunk)
     torch.manual_seed(0)
     head = kind(H, V, bias=bias)
     hidden, targets, scale = inputs(weights)
-    found = head_loss(head, head.forward, hidden, targets, scale, count_correct=True)
+    found = head_loss(head, head.forward, hidden, targets, scale, metrics=True)
     (found.loss * 0.25).backward()
     ours = [hidden.grad, *(parameter.grad for parameter in head.parameters())]
     hidden.grad = None
@@ -95,7 +95,7 @@ def test_no_rows_give_a_loss_of_zero_that_still_reaches_the_weights():
 def test_existing_logits_give_the_same_sums():
     head = nn.Linear(H, V)
     hidden, targets, scale = inputs(True)
-    found = logits_loss(head(hidden), targets, scale, count_correct=True)
+    found = logits_loss(head(hidden), targets, scale, metrics=True)
     value, correct = expected(head, hidden, targets, scale)
     torch.testing.assert_close(found.loss, value)
     assert found.correct == correct
@@ -103,6 +103,6 @@ def test_existing_logits_give_the_same_sums():
 
 def test_logits_stay_within_their_budget():
     assert all(
-        rows_per_chunk(vocabulary) * vocabulary * 4 <= losses.LOGITS_BYTES for vocabulary in (1000, 49152, 262144)
+        rows_per_block(vocabulary) * vocabulary * 4 <= losses.LOGITS_BYTES for vocabulary in (1000, 49152, 262144)
     )
-    assert rows_per_chunk(10**9) == 16
+    assert rows_per_block(10**9) == 16
