@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tunesmith.train.loss import TokenLoss, head_loss, logits_loss
+from tunesmith.train.loss import PLAIN, LossKind, TokenLoss, head_loss, logits_loss
 
 
 @dataclass
 class HeadLoss:
-    """Where the loss of one forward pass is formed, and what came of it."""
+    """Where the loss of one forward pass is formed, which, and what came of it."""
 
     index: Tensor
     """(N,) flat positions whose hidden state predicts a trained token."""
@@ -24,15 +24,17 @@ class HeadLoss:
     """(N,) weight of each, or `None` for ones."""
     plain_head: bool = True
     """The model returns its head's output unchanged; otherwise the loss is formed from what it returns."""
-    count_correct: bool = False
-    correct: Tensor | None = None
+    kind: LossKind = PLAIN
+    metrics: bool = False
+    """Also count likeliest tokens and sum entropies."""
+    found: TokenLoss | None = None
 
     def from_logits(self, logits: Tensor) -> TokenLoss:
         """The sums, from the model's `logits`: the loss itself where the head formed it, else (1, N, V)."""
         if self.plain_head:
-            return TokenLoss(logits.reshape(()), self.correct)
+            return self.found._replace(loss=logits.reshape(()))
         rows = logits.reshape(-1, logits.shape[-1])
-        return logits_loss(rows, self.targets, self.weights, count_correct=self.count_correct)
+        return logits_loss(rows, self.targets, self.weights, kind=self.kind, metrics=self.metrics)
 
 
 @contextmanager
@@ -47,9 +49,11 @@ def loss_in_head(head: nn.Module, request: HeadLoss) -> Iterator[HeadLoss]:
         rows = hidden.reshape(-1, hidden.shape[-1])[request.index]
         if not request.plain_head:
             return project(rows.unsqueeze(0))
-        found = head_loss(head, project, rows, request.targets, request.weights, count_correct=request.count_correct)
-        request.correct = found.correct
-        return found.loss.reshape(1, 1, 1)
+        loss = head_loss(
+            head, project, rows, request.targets, request.weights, kind=request.kind, metrics=request.metrics
+        )
+        request.found = loss._replace(loss=loss.loss.detach())
+        return loss.loss.reshape(1, 1, 1)
 
     head.forward = forward
     try:
