@@ -122,7 +122,7 @@ class EvaluatingTrainer(TokenTrainer):
     ) -> tuple[Tensor, Any]:
         loss, outputs = super()._loss_with_logits(model, inputs, num_items_in_batch)
         if not model.training:
-            request = loss_request(inputs, plain_head=False, count_correct=True)
+            request = loss_request(inputs, plain_head=False, metrics=True)
             rows = outputs.logits.reshape(-1, outputs.logits.shape[-1])[request.index]
             self._add(request.from_logits(rows), inputs)
         return loss, outputs

@@ -18,6 +18,7 @@ from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model.adapt import attach, count_parameters, upcast_trainable
 from tunesmith.model.attention import attention_configs
 from tunesmith.model.capabilities import Support, probe_model
+from tunesmith.model.liger import check_liger
 from tunesmith.model.load import check_vocabulary, load_any
 from tunesmith.train.choose import keeps_masters, settled
 from tunesmith.train.collate import FlatCollator, PaddedCollator
@@ -83,6 +84,8 @@ class SFTTrainer(EvaluatingTrainer):
         quantization_config: Any = None,
     ):
         args = modernized(as_sft_config(args))
+        if args.use_liger_kernel:
+            check_liger(args.liger_kernel_config)
         if args.device.type == "cpu":
             allocator.tune()
         self.args, self.model_init, self._peft_config = args, model_init, peft_config

@@ -15,7 +15,8 @@ from tunesmith.model.attention import documents_attend
 from tunesmith.model.capabilities import Support
 from tunesmith.train.collate import loss_positions
 from tunesmith.train.head import HeadLoss, loss_in_head
-from tunesmith.train.loss import TokenLoss
+from tunesmith.train.loss import PLAIN, TokenLoss, loss_kind
+from tunesmith.train.neftune import EmbeddingNoise, noisy_embeddings
 
 HOST_KEYS = ("labels", "loss_index", "loss_targets", "loss_weights", "num_tokens")
 
@@ -39,6 +40,10 @@ class TokenTrainer(Seq2SeqTrainer):
         self._tokens_before: int | None = None  # of the sessions before this one, all processes
         self._attention_configs: list[Any] = []
         self._figures = torch.zeros(3)
+        self.loss_kind = loss_kind(self.args.loss_type, self.args.label_smoothing_factor)
+        self.label_smoother = None  # transformers' own, which needs all logits
+        self.neftune_noise_alpha = None  # and its noise, which knows one length for the whole batch
+        self._noise = EmbeddingNoise(None)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; arguments as in transformers: `resume_from_checkpoint`, `trial`, `ignore_keys_for_eval`."""
@@ -53,6 +58,12 @@ class TokenTrainer(Seq2SeqTrainer):
             output.metrics["train_tokens_per_second"] = tokens / output.metrics["train_runtime"]
         return output
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """With noise on the embeddings of the model that trains, which `train` may have made anew."""
+        model = self.accelerator.unwrap_model(self.model)
+        with noisy_embeddings(model, self.args.neftune_noise_alpha) as self._noise:
+            return super()._inner_training_loop(*args, **kwargs)
+
     # ---- the step ------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -60,7 +71,7 @@ class TokenTrainer(Seq2SeqTrainer):
         if self._tokens_before is None:
             self._tokens_before = self.state.num_input_tokens_seen  # from the checkpoint, if there was one
         self.tokens_seen += real_tokens(inputs)
-        with self._attention(inputs), self._activations():
+        with self._attention(inputs), self._activations(), self._noise.of(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +112,8 @@ class TokenTrainer(Seq2SeqTrainer):
         self, model: nn.Module, inputs: dict[str, Any], *, metrics: bool = False
     ) -> tuple[TokenLoss, Tensor | None]:
         """Run the model with the loss formed in its head; the sums, and an expert model's load-balancing loss."""
-        request = loss_request(inputs, plain_head=self.support.plain_head, count_correct=metrics)
+        kind = self.loss_kind if model.training else PLAIN  # evaluation reports what perplexity is made of
+        request = loss_request(inputs, plain_head=self.support.plain_head, kind=kind, metrics=metrics)
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         with loss_in_head(head, request):
             outputs = model(**self._model_inputs(inputs), use_cache=False)
