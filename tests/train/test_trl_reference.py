@@ -67,9 +67,7 @@ def theirs(rows, tmp_path, options):
         output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, **{**SAME, **options}
     )
     dataset = datasets.Dataset.from_list(rows)
-    return trl.SFTTrainer(
-        make_tiny_model(), args, train_dataset=dataset, processing_class=make_byte_tokenizer("chatml-generation")
-    )
+    return trl.SFTTrainer(make_tiny_model(), args, train_dataset=dataset, processing_class=tokenizer())
 
 
 @pytest.mark.parametrize("name", CASES)
