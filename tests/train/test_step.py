@@ -93,3 +93,20 @@ def test_a_model_without_experts_has_nothing_to_balance(tiny_model, byte_tokeniz
 def test_offloading_activations_needs_a_gpu(tiny_model, byte_tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="activation_offloading: this machine trains on its cpu"):
         make_trainer(tiny_model, byte_tokenizer, token_rows(), tmp_path, activation_offloading=True)
+
+
+@pytest.mark.parametrize("options", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])
+def test_other_losses_shape_training_and_nll_is_logged(byte_tokenizer, make_tiny_model, tmp_path, options):
+    expected, _ = reference_gradients(make_tiny_model(), token_rows())
+    evaluation = {"eval_dataset": token_rows(), "max_steps": 1}
+    trainer = make_trainer(make_tiny_model(), byte_tokenizer, token_rows(), tmp_path, **options, **evaluation)
+    before = trainer.evaluate()
+    (line,) = logged(trainer)
+    assert line["nll"] == pytest.approx(expected, abs=1e-5)
+    assert before["eval_loss"] == pytest.approx(expected, abs=1e-5)
+    assert abs(line["loss"] - expected) > 1e-3
+
+
+def test_two_losses_that_nobody_has_defined_together_are_refused(byte_tokenizer, tiny_model, tmp_path):
+    with pytest.raises(ConfigError, match="not defined together"):
+        make_trainer(tiny_model, byte_tokenizer, token_rows(), tmp_path, loss_type="dft", label_smoothing_factor=0.1)

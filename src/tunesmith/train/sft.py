@@ -18,12 +18,13 @@ from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model.adapt import attach, count_parameters, upcast_trainable
 from tunesmith.model.attention import attention_configs
 from tunesmith.model.capabilities import Support, probe_model
-from tunesmith.model.liger import check_liger
+from tunesmith.model.liger import apply_liger, check_liger, liger_options
 from tunesmith.model.load import check_vocabulary, load_any
 from tunesmith.train.choose import keeps_masters, settled
 from tunesmith.train.collate import FlatCollator, PaddedCollator
 from tunesmith.train.evaluation import EvaluatingTrainer
 from tunesmith.train.loaders import eval_batches, loader, stream_loader, train_batches
+from tunesmith.train.loss import loss_kind
 from tunesmith.train.options import SFTConfig, as_sft_config, loading, modernized
 from tunesmith.train.processing import one_of, processing_for, tokenizer_in
 
@@ -84,6 +85,7 @@ class SFTTrainer(EvaluatingTrainer):
         quantization_config: Any = None,
     ):
         args = modernized(as_sft_config(args))
+        loss_kind(args.loss_type, args.label_smoothing_factor)  # wrong names are told before anything is loaded
         if args.use_liger_kernel:
             check_liger(args.liger_kernel_config)
         if args.device.type == "cpu":
@@ -101,6 +103,9 @@ class SFTTrainer(EvaluatingTrainer):
         train_dataset = self._prepared("train_dataset", train_dataset)
         eval_dataset = self._prepared("eval_dataset", eval_dataset)
         args, self.choices = settled(args, model, train_dataset)
+        if args.use_liger_kernel:
+            apply_liger(model, args.liger_kernel_config)
+            args.liger_kernel_config = liger_options(args.liger_kernel_config)  # transformers applies them once more
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,

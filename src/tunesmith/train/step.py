@@ -18,7 +18,8 @@ from tunesmith.train.head import HeadLoss, loss_in_head
 from tunesmith.train.loss import PLAIN, TokenLoss, loss_kind
 from tunesmith.train.neftune import EmbeddingNoise, noisy_embeddings
 
-HOST_KEYS = ("labels", "loss_index", "loss_targets", "loss_weights", "num_tokens")
+HOST_KEYS = ("labels", "loss_index", "loss_targets", "loss_weights", "num_tokens", "skip_logits")
+FIGURES = ("correct", "entropy", "count", "nll", "weight")
 
 
 class TokenTrainer(Seq2SeqTrainer):
@@ -39,7 +40,7 @@ class TokenTrainer(Seq2SeqTrainer):
         self.tokens_seen = 0
         self._tokens_before: int | None = None  # of the sessions before this one, all processes
         self._attention_configs: list[Any] = []
-        self._figures = torch.zeros(3)
+        self._figures = torch.zeros(len(FIGURES))
         self.loss_kind = loss_kind(self.args.loss_type, self.args.label_smoothing_factor)
         self.label_smoother = None  # transformers' own, which needs all logits
         self.neftune_noise_alpha = None  # and its noise, which knows one length for the whole batch
@@ -48,7 +49,7 @@ class TokenTrainer(Seq2SeqTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; arguments as in transformers: `resume_from_checkpoint`, `trial`, `ignore_keys_for_eval`."""
         self.tokens_seen, self._tokens_before = 0, None
-        self._figures = torch.zeros(3, device=self.args.device)
+        self._figures = torch.zeros(len(FIGURES), device=self.args.device)
         try:
             output = super().train(*args, **kwargs)
         finally:
@@ -98,7 +99,9 @@ class TokenTrainer(Seq2SeqTrainer):
         weight = step_weight(inputs) if num_items_in_batch is None else num_items_in_batch
         found, balance = self._token_loss(model, inputs, metrics=self.args.token_metrics)
         if self.args.token_metrics:
-            self._figures += stacked((found.correct, found.entropy, inputs["loss_targets"].numel()), self._figures)
+            count = inputs["loss_targets"].numel()
+            figures = (found.correct, found.entropy, count, found.nll, step_weight(inputs))
+            self._figures += stacked(figures, self._figures)
         loss = found.loss * (self._ranks_averaged(num_items_in_batch) / weight)
         if balance is not None:
             loss = loss + balance * (self.args.router_aux_loss_coef / self.current_gradient_accumulation_steps)
@@ -156,9 +159,12 @@ class TokenTrainer(Seq2SeqTrainer):
         if self.is_in_train and "loss" in logs:
             logs["num_tokens"] = self._count_tokens()
             if self.args.token_metrics:
-                correct, entropy, count = self.accelerator.reduce(self._figures, "sum").tolist()
+                found = dict(zip(FIGURES, self.accelerator.reduce(self._figures, "sum").tolist()))
                 self._figures.zero_()
-                logs |= {"mean_token_accuracy": correct / max(count, 1), "entropy": entropy / max(count, 1)}
+                count = max(found["count"], 1)
+                logs |= {"mean_token_accuracy": found["correct"] / count, "entropy": found["entropy"] / count}
+                if self.loss_kind != PLAIN:
+                    logs["nll"] = found["nll"] / max(found["weight"], 1e-12)
         super().log(logs, start_time)
 
     def _count_tokens(self) -> int:
