@@ -8,11 +8,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.errors import ConfigError, ModelError, TemplateError
+from tunesmith.model.chat_format import release_padding_row
 from tunesmith.model.quantize import (
     check_bitsandbytes,
-    is_quantized,
+    keep_differentiable,
     own_device,
-    prepare_for_kbit_training,
     quiet_bitsandbytes,
     with_quantization_config,
 )
@@ -85,11 +85,15 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **hub)
     except ImportError as error:
         raise ModelError(f"{name}: {first_line(error)}. {how_to_install(gguf_file, attn_implementation)}") from error
+    except TypeError as error:
+        raise ConfigError(f"{name}: {first_line(error)}. Check the arguments of from_pretrained.") from error
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{name}: no model can be loaded from there ({first_line(error)}). Give a folder with config.json and "
             "safetensors weights, or a Hub id that this machine can reach or has in its cache."
         ) from error
+    keep_differentiable(model)
+    release_padding_row(model)
     return without_gguf_marks(model)
 
 
@@ -143,8 +147,6 @@ def load_any(
 
     model = load_model(base, dtype=dtype, **options)
     grow_for_adapter(model, name)
-    if is_quantized(model):
-        prepare_for_kbit_training(model)
     return PeftModel.from_pretrained(model, name, is_trainable=trainable_adapter)
 
 
