@@ -14,7 +14,7 @@ from tunesmith.errors import ConfigError, ModelError
 from tunesmith.lookup import did_you_mean, lookup
 from tunesmith.model.chat_format import release_padding_row, untrained_tokens
 from tunesmith.model.lora import remember_first_weights
-from tunesmith.model.quantize import is_quantized, prepare_for_kbit_training
+from tunesmith.model.quantize import is_quantized, prepare_for_kbit_training, quiet_bitsandbytes
 
 Say = Callable[[str], None]
 
@@ -137,6 +137,7 @@ def attach(
         for line in train_new_tokens(model, tokenizer, peft_config):
             say(line) if say is not None else warnings.warn(line, UserWarning, stacklevel=2)
     release_padding_row(model)
+    quiet_bitsandbytes()
     if is_quantized(model):
         prepare_for_kbit_training(model)
     try:

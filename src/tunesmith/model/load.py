@@ -18,7 +18,7 @@ from tunesmith.model.quantize import (
 )
 
 ADAPTER_CONFIG = "adapter_config.json"
-EMBEDDING_NAMES = ("embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out")
+EMBEDDING_NAMES = {"embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out"}
 
 
 def load_tokenizer(
@@ -147,6 +147,7 @@ def load_any(
 
     model = load_model(base, dtype=dtype, **options)
     grow_for_adapter(model, name)
+    quiet_bitsandbytes()
     return PeftModel.from_pretrained(model, name, is_trainable=trainable_adapter)
 
 
@@ -174,7 +175,7 @@ def adapter_rows(folder: Path) -> int:
     if weights.is_file():
         with safe_open(weights, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is no dict)
-                if name.rpartition(".")[0].endswith(EMBEDDING_NAMES) and name.endswith(".weight"):
+                if name.endswith(".weight") and EMBEDDING_NAMES.intersection(name.split(".")):
                     rows = max(rows, tensors.get_slice(name).get_shape()[0])
     return rows
 

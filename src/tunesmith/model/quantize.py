@@ -175,8 +175,8 @@ def keep_differentiable(model: nn.Module) -> int:
 def rows_apart(model: nn.Module) -> Iterator[None]:
     """Inside, 8-bit layers treat every token by itself, so that what a token sees can be told from its logits.
 
-    bitsandbytes looks for outlier features over a whole batch: which ones a token is multiplied with in 16 bits depends
-    on the other tokens (6 % of the largest logit of SmolLM2-135M).
+    bitsandbytes looks for outlier features over a whole batch, so which of a token's are multiplied in 16 bits depends
+    on the other tokens (by 6 % of the largest logit of SmolLM2-135M).
     """
     states = [module.state for module in model.modules() if module.__class__.__name__ == "Linear8bitLt"]
     thresholds = [state.threshold for state in states]
@@ -216,5 +216,9 @@ def hold_adapters_in(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def quiet_bitsandbytes() -> None:
-    """Keep bitsandbytes from logging, at every product of an 8-bit layer, that it casts its input to float16."""
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    """Keep bitsandbytes from logging each product of an 8-bit layer, and an optional kernel at its import.
+
+    peft imports it wherever it is installed, also for models that are not quantized.
+    """
+    for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).setLevel(logging.ERROR)
