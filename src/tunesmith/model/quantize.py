@@ -76,7 +76,11 @@ def own_device() -> dict[str, Any]:
 def is_quantized(model: nn.Module) -> bool:
     """Whether some weights are held as integers, which cannot be trained themselves."""
     marks = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
-    return any(getattr(model, mark, False) is True for mark in marks) or is_8bit(model) or any(four_bit_layers(model))
+    return (
+        any(getattr(model, mark, False) is True for mark in marks)
+        or is_8bit(model)
+        or any(True for _ in four_bit_layers(model))
+    )
 
 
 def is_8bit(model: nn.Module) -> bool:
@@ -178,7 +182,7 @@ def rows_apart(model: nn.Module) -> Iterator[None]:
     bitsandbytes looks for outlier features over a whole batch, so which of a token's are multiplied in 16 bits depends
     on the other tokens (by 6 % of the largest logit of SmolLM2-135M).
     """
-    states = [module.state for module in model.modules() if module.__class__.__name__ == "Linear8bitLt"]
+    states = [module.state for module in model.modules() if hasattr(getattr(module, "state", None), "threshold")]
     thresholds = [state.threshold for state in states]
     try:
         for state in states:
