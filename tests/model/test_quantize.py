@@ -10,7 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests import tiny
-from tests.train.rows import first_gradients, make_trainer, token_rows
+from tests.model.test_adapt import trained_gradients
+from tests.train.rows import assert_same, make_trainer, token_rows
+from tunesmith.config import ModelFields
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model import quantize
 from tunesmith.model.adapt import attach, check_trainable, count_parameters, upcast_trainable
@@ -22,6 +24,7 @@ from tunesmith.model.quantize import (
     keep_differentiable,
     multiply_in,
     prepare_for_kbit_training,
+    quantization_options,
 )
 
 KINDS = {
@@ -124,6 +127,22 @@ def test_options_set_to_false_change_nothing(folder):
     assert not is_quantized(load_model(folder, load_in_4bit=False, load_in_8bit=False, bnb_4bit_quant_type=None))
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {}),
+        ({"load_in_8bit": True}, {"load_in_8bit": True}),
+        (
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": True},
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+        ),
+    ],
+)
+def test_a_recipes_fields_become_arguments(folder, fields, expected):
+    assert quantization_options(ModelFields(**fields)) == expected
+    assert is_quantized(load_model(folder, **expected)) is bool(fields)
+
+
 # ---- gradients
 
 
@@ -204,28 +223,31 @@ def test_adapters_on_a_quantized_base_learn(folder, byte_tokenizer, tmp_path, ki
     assert all(torch.equal(old, new) for old, new in zip(codes, after))
 
 
+# trainer: K3 H5 H8
+@pytest.mark.parametrize("name", ["load_in_8bit", "load_in_4bit"])
+def test_a_trainer_loads_a_base_in_few_bits_by_its_name(folder, byte_tokenizer, tmp_path, name):
+    options = {"model_init_kwargs": {name: True, "attn_implementation": "sdpa"}, "max_steps": 1}
+    config = LoraConfig(**LORA, bias="none")
+    trainer = make_trainer(folder, byte_tokenizer, token_rows(), tmp_path, peft_config=config, **options)
+    trainer.train()
+    assert is_quantized(trainer.model)
+    assert trainer.support.layout == "documents"
+
+
 # trainer: H5 H6
 @each_kind
-def test_checkpointing_leaves_gradients_as_they_are(folder, byte_tokenizer, tmp_path, kind):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_leaves_gradients_as_they_are(folder, byte_tokenizer, tmp_path, kind, reentrant):
     found = []
     for options in (
         {"gradient_checkpointing": False},
-        {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}},
     ):
-        model = load(folder, kind)
-        on, kwargs = (
-            options["gradient_checkpointing"],
-            options.get("gradient_checkpointing_kwargs", {"use_reentrant": False}),
-        )
-        prepare_for_kbit_training(model, gradient_checkpointing=on, gradient_checkpointing_kwargs=kwargs)
+        model = prepare_for_kbit_training(load(folder, kind), **options)
         torch.manual_seed(0)
         wrapped = attach(model, LoraConfig(**LORA, init_lora_weights=False))
-        found.append(first_gradients(make_trainer(wrapped, byte_tokenizer, token_rows(), tmp_path, **options)))
-    for loss, gradients in found[1:]:
-        assert loss == pytest.approx(found[0][0], abs=1e-6)
-        for name, gradient in found[0][1].items():
-            torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+        found.append(trained_gradients(wrapped, byte_tokenizer, tmp_path, **options))
+    assert_same(*found)
 
 
 def test_a_base_alone_cannot_be_trained(folder):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunesmith.config import ModelFields
 from tunesmith.errors import ConfigError, ModelError
 
 BNB_OPTIONS = (
@@ -48,6 +49,17 @@ def with_quantization_config(options: dict[str, Any]) -> dict[str, Any]:
     elif lost := [name for name, value in given.items() if value and not name.startswith("load_in")]:
         raise ConfigError(f"{lost[0]} has no effect without load_in_4bit or load_in_8bit. Add one, or remove it.")
     return rest
+
+
+def quantization_options(config: ModelFields) -> dict[str, Any]:
+    """What a recipe says about bits, as arguments of `load_model`; nothing where it says nothing."""
+    if config.load_in_4bit:
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
+            "bnb_4bit_use_double_quant": config.use_bnb_nested_quant,
+        }
+    return {"load_in_8bit": True} if config.load_in_8bit else {}
 
 
 def check_bitsandbytes(quantization_config: Any) -> None:
@@ -141,7 +153,8 @@ def require_input_grads(model: nn.Module, gradient_checkpointing: bool, kwargs: 
     """Let gradients enter a frozen model at its embeddings where checkpointing is reentrant; says whether it did.
 
     Reentrant checkpointing gives no gradients to a block none of whose inputs asks for them, and with adapters the
-    embeddings ask for none. The non-reentrant kind, our default, needs nothing.
+    embeddings ask for none. The non-reentrant kind, our default, needs nothing; transformers 5.23 does the same itself
+    for models that read `input_ids`.
     """
     reentrant = gradient_checkpointing and (kwargs or {}).get("use_reentrant", True)
     frozen = not any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters())
