@@ -2,7 +2,6 @@
 
 import copy
 
-import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -26,6 +25,8 @@ from tunesmith.model.quantize import (
     prepare_for_kbit_training,
     quantization_options,
 )
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
 
 KINDS = {
     "nf4": {"load_in_4bit": True},
@@ -293,6 +294,19 @@ def test_adapters_are_held_in_float32_or_as_the_paper_has_them(folder):
     hold_adapters_in(wrapped, torch.bfloat16)
     types = {("magnitude" in name, p.dtype) for name, p in wrapped.named_parameters() if p.requires_grad}
     assert types == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+# trainer: H5
+@pytest.mark.parametrize(("own", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_queries_stay_in_half_precision_unlike_after_pefts_preparation(folder, own, expected):
+    """Float32 queries would miss the flash kernel of a GPU."""
+    model, seen = load_model(folder, dtype="bfloat16", load_in_4bit=True), []
+    prepare_for_kbit_training(model, **({} if own else {"use_gradient_checkpointing": False}))
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(IDS)
+    assert seen == [expected]
 
 
 # trainer: H5
