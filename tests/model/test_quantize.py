@@ -144,6 +144,21 @@ def test_a_recipes_fields_become_arguments(folder, fields, expected):
     assert is_quantized(load_model(folder, **expected)) is bool(fields)
 
 
+def test_a_run_on_the_cpu_holds_its_base_there(folder):
+    options = quantization_options(ModelFields(load_in_8bit=True), use_cpu=True)
+    assert load_model(folder, **options).device.type == "cpu"
+
+
+@each_kind
+def test_a_folder_with_quantized_weights_loads_as_it_is(folder, tmp_path, kind):
+    model = load(folder, kind)
+    model.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path))
+    assert is_quantized(again)
+    assert torch.equal(again.train()(IDS).logits, model.train()(IDS).logits)
+    assert len(adapter_gradients(again)) == 28
+
+
 # ---- gradients
 
 

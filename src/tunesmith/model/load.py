@@ -77,14 +77,14 @@ def load_model(
     else:
         hub["gguf_file"] = gguf_file
     hub = with_quantization_config(hub)
+    quiet_bitsandbytes()
     if hub.get("quantization_config") is not None:
         check_bitsandbytes(hub["quantization_config"])
-        quiet_bitsandbytes()
         hub["device_map"] = hub.get("device_map") or own_device()
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **hub)
     except ImportError as error:
-        raise ModelError(f"{name}: {first_line(error)}. {how_to_install(gguf_file, attn_implementation)}") from error
+        raise ModelError(f"{name}: {first_line(error)}. {how_to_install(str(error), attn_implementation)}") from error
     except TypeError as error:
         raise ConfigError(f"{name}: {first_line(error)}. Check the arguments of from_pretrained.") from error
     except (OSError, ValueError, KeyError) as error:
@@ -119,10 +119,12 @@ def named_dtype(dtype: Any) -> str | torch.dtype:
     return found
 
 
-def how_to_install(gguf_file: str | None, attn_implementation: str | None) -> str:
-    """What to do about a package that transformers did not find."""
-    if gguf_file is not None:
+def how_to_install(said: str, attn_implementation: str | None) -> str:
+    """What to do about a package that transformers did not find, from what it said."""
+    if "gguf" in said.lower():
         return "GGUF files need: pip install 'tunesmith[gguf]'."
+    if "bitsandbytes" in said:
+        return "4- and 8-bit models need: pip install 'tunesmith[quant]'."
     if attn_implementation is not None and "flash" in attn_implementation:
         return (
             f"attn_implementation: {attn_implementation} needs a package of its own. Leave it out: tunesmith attends "

@@ -51,15 +51,17 @@ def with_quantization_config(options: dict[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def quantization_options(config: ModelFields) -> dict[str, Any]:
+def quantization_options(config: ModelFields, use_cpu: bool = False) -> dict[str, Any]:
     """What a recipe says about bits, as arguments of `load_model`; nothing where it says nothing."""
+    place = {"device_map": {"": "cpu"}} if use_cpu else {}
     if config.load_in_4bit:
         return {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
             "bnb_4bit_use_double_quant": config.use_bnb_nested_quant,
+            **place,
         }
-    return {"load_in_8bit": True} if config.load_in_8bit else {}
+    return {"load_in_8bit": True, **place} if config.load_in_8bit else {}
 
 
 def check_bitsandbytes(quantization_config: Any) -> None:
