@@ -81,10 +81,20 @@ def load_model(
     if hub.get("quantization_config") is not None:
         check_bitsandbytes(hub["quantization_config"])
         hub["device_map"] = hub.get("device_map") or own_device()
+    model = opened(name, dtype, hub)
+    keep_differentiable(model)
+    release_padding_row(model)
+    return without_gguf_marks(model)
+
+
+def opened(name: str, dtype: str | torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
+    """`from_pretrained`, its errors with what to do about them."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **hub)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except ImportError as error:
-        raise ModelError(f"{name}: {first_line(error)}. {how_to_install(str(error), attn_implementation)}") from error
+        raise ModelError(
+            f"{name}: {first_line(error)}. {how_to_install(str(error), options.get('attn_implementation'))}"
+        ) from error
     except TypeError as error:
         raise ConfigError(f"{name}: {first_line(error)}. Check the arguments of from_pretrained.") from error
     except (OSError, ValueError, KeyError) as error:
@@ -92,9 +102,6 @@ def load_model(
             f"{name}: no model can be loaded from there ({first_line(error)}). Give a folder with config.json and "
             "safetensors weights, or a Hub id that this machine can reach or has in its cache."
         ) from error
-    keep_differentiable(model)
-    release_padding_row(model)
-    return without_gguf_marks(model)
 
 
 def checked_dtype(dtype: Any, torch_dtype: Any = None) -> str | torch.dtype:
