@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers.utils import is_flash_attn_2_available
 
-from tunesmith.errors import ModelError, TemplateError
+from tests.train.rows import make_trainer, token_rows
+from tunesmith.errors import ConfigError, ModelError, TemplateError
 from tunesmith.model.load import adapter_base, load_any, load_model, load_tokenizer, model_max_length
 
 
@@ -90,3 +92,74 @@ def test_remote_code_is_not_run(model_folder):
     with pytest.raises(ModelError):
         load_model(str(model_folder))
     assert not (model_folder / "canary").exists()
+
+
+# ---- arguments of from_pretrained
+
+
+# trainer: H1 A2 B7
+@pytest.mark.parametrize("option", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["bfloat16", torch.bfloat16])
+def test_parameters_have_the_asked_type(model_folder, option, value):
+    model = load_model(str(model_folder), **{option: value})
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+# trainer: H1 B7
+@pytest.mark.parametrize("value", ["auto", None])
+def test_auto_keeps_the_checkpoints_type(model_folder, value):
+    load_model(str(model_folder), dtype="float16").save_pretrained(model_folder)
+    assert load_model(str(model_folder), torch_dtype=value).dtype == torch.float16
+
+
+# trainer: H1 B7
+@pytest.mark.parametrize("value", ["bfloat61", "Tensor", 16, -1, int])
+def test_a_type_that_does_not_exist_is_named(model_folder, value):
+    with pytest.raises(ValueError, match=r"expected 'auto', a torch.dtype or the name of one .*, got "):
+        load_model(str(model_folder), torch_dtype=value)
+
+
+def test_two_types_at_once(model_folder):
+    with pytest.raises(ConfigError, match=r"dtype \(float32\) and torch_dtype \(bfloat16\) name one option"):
+        load_model(str(model_folder), dtype="float32", torch_dtype="bfloat16")
+    assert load_model(str(model_folder), dtype=torch.float16, torch_dtype="float16").dtype == torch.float16
+
+
+# trainer: B7
+def test_an_argument_that_from_pretrained_does_not_know(model_folder):
+    with pytest.raises(ConfigError, match=r"load_in_4bits.* Check the arguments of from_pretrained"):
+        load_model(str(model_folder), load_in_4bits=True)
+
+
+# trainer: H8
+def test_flash_attention_without_its_package_says_what_to_do(model_folder):
+    if is_flash_attn_2_available():
+        pytest.skip("flash-attn is installed here")
+    with pytest.raises(ModelError, match=r"flash_attention_2 needs a package of its own. Leave it"):
+        load_model(str(model_folder), attn_implementation="flash_attention_2")
+
+
+# trainer: A2 H1
+def test_a_trainer_loads_a_model_by_its_name(model_folder, byte_tokenizer, tmp_path):
+    options = {"model_init_kwargs": {"dtype": "bfloat16"}, "upcast_trainable": False}
+    trainer = make_trainer(str(model_folder), byte_tokenizer, token_rows(), tmp_path, **options)
+    assert type(trainer.model).__name__ == "LlamaForCausalLM"
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.bfloat16}
+
+
+# trainer: E2
+def test_padding_that_is_the_stop_token_leaves_its_row_trainable(tmp_path, make_tiny_model):
+    make_tiny_model(pad_token_id=257).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    model(torch.tensor([[1, 257, 2]]), labels=torch.tensor([[1, 257, 2]])).loss.backward()
+    assert model.model.embed_tokens.weight.grad[257].abs().sum() > 0
+
+
+def test_an_adapter_with_rows_that_its_base_lacks(model_folder, tmp_path):
+    model = load_model(str(model_folder))
+    model.resize_token_embeddings(300)
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, config)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[1, 299]])
+    assert torch.equal(load_any(str(tmp_path / "adapter")).eval()(ids).logits, wrapped.eval()(ids).logits)

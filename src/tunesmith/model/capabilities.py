@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.model.attention import attention_configs, documents_attend
+from tunesmith.model.quantize import rows_apart
 
 Layout = Literal["documents", "packed", "padded"]
 
@@ -36,7 +37,7 @@ def probe_model(model: nn.Module, *, lengths: tuple[int, int] = (5, 7), seed: in
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), rows_apart(model):
             expected, plain_head = _separate_logits(model, ids, lengths)
             return _fastest_layout(model, ids, lengths, expected, plain_head)
     finally:

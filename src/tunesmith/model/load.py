@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tunesmith.errors import ModelError, TemplateError
+from tunesmith.errors import ConfigError, ModelError, TemplateError
+from tunesmith.model.chat_format import release_padding_row
+from tunesmith.model.quantize import (
+    check_bitsandbytes,
+    keep_differentiable,
+    own_device,
+    quiet_bitsandbytes,
+    with_quantization_config,
+)
 
 ADAPTER_CONFIG = "adapter_config.json"
+EMBEDDING_NAMES = {"embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out"}
 
 
 def load_tokenizer(
@@ -41,20 +50,25 @@ def load_tokenizer(
 def load_model(
     name: str,
     *,
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype | None = None,
+    torch_dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     gguf_file: str | None = None,
     **hub: Any,
 ) -> PreTrainedModel:
-    """A causal language model with its weights, on the CPU, as transformers loads it.
+    """A causal language model with its weights, on the CPU, as transformers loads it; quantized ones on their device.
 
     Args:
         name: folder or Hub id of a full model.
-        dtype: type of the weights; "auto" keeps the checkpoint's.
-        hub: `revision`, `trust_remote_code`, and whatever else `from_pretrained` takes.
+        dtype: type of the weights; "auto" and `None` keep the checkpoint's.
+        torch_dtype: older name of `dtype`.
+        hub: `revision`, `trust_remote_code`, `load_in_4bit` or `load_in_8bit` with their `bnb_...` options,
+            `quantization_config`, and whatever else `from_pretrained` takes.
 
-    Raises: ModelError if there is no such model, or it has pickled weights only.
+    Raises: ModelError if there is no such model, it has pickled weights only, or a package that it needs is missing;
+        ConfigError for a type that does not exist, or options that contradict each other.
     """
+    dtype = checked_dtype(dtype, torch_dtype)
     check_folder(name, gguf_file)
     if attn_implementation is not None:
         hub["attn_implementation"] = attn_implementation
@@ -62,20 +76,72 @@ def load_model(
         hub.setdefault("use_safetensors", True)  # a pickled checkpoint can run code when it is opened
     else:
         hub["gguf_file"] = gguf_file
+    hub = with_quantization_config(hub)
+    quiet_bitsandbytes()
+    if hub.get("quantization_config") is not None:
+        check_bitsandbytes(hub["quantization_config"])
+        hub["device_map"] = hub.get("device_map") or own_device()
+    model = opened(name, dtype, hub)
+    keep_differentiable(model)
+    release_padding_row(model)
+    return without_gguf_marks(model)
+
+
+def opened(name: str, dtype: str | torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
+    """`from_pretrained`, its errors with what to do about them."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **hub)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except ImportError as error:
-        raise ModelError(f"{name}: {first_line(error)}. GGUF files need: pip install 'tunesmith[gguf]'.") from error
+        raise ModelError(
+            f"{name}: {first_line(error)}. {how_to_install(str(error), options.get('attn_implementation'))}"
+        ) from error
+    except TypeError as error:
+        raise ConfigError(f"{name}: {first_line(error)}. Check the arguments of from_pretrained.") from error
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{name}: no model can be loaded from there ({first_line(error)}). Give a folder with config.json and "
             "safetensors weights, or a Hub id that this machine can reach or has in its cache."
         ) from error
-    return without_gguf_marks(model)
+
+
+def checked_dtype(dtype: Any, torch_dtype: Any = None) -> str | torch.dtype:
+    """`dtype`, or `torch_dtype`, as `from_pretrained` takes it.
+
+    Raises: ConfigError where both are given and differ, or neither "auto" nor a type of torch is meant.
+    """
+    if dtype is not None and torch_dtype is not None and named_dtype(dtype) != named_dtype(torch_dtype):
+        raise ConfigError(f"dtype ({dtype}) and torch_dtype ({torch_dtype}) name one option. Keep dtype.")
+    return named_dtype(torch_dtype if dtype is None else dtype)
+
+
+def named_dtype(dtype: Any) -> str | torch.dtype:
+    """A type of torch from itself or its name; "auto" for `None`."""
+    if dtype is None or dtype == "auto":
+        return "auto"
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(
+            f"dtype: expected 'auto', a torch.dtype or the name of one (float32, bfloat16, float16), got {dtype!r}."
+        )
+    return found
+
+
+def how_to_install(said: str, attn_implementation: str | None) -> str:
+    """What to do about a package that transformers did not find, from what it said."""
+    if "gguf" in said.lower():
+        return "GGUF files need: pip install 'tunesmith[gguf]'."
+    if "bitsandbytes" in said:
+        return "4- and 8-bit models need: pip install 'tunesmith[quant]'."
+    if attn_implementation is not None and "flash" in attn_implementation:
+        return (
+            f"attn_implementation: {attn_implementation} needs a package of its own. Leave it out: tunesmith attends "
+            "with torch's flash kernel wherever the model allows."
+        )
+    return "Install what is missing."
 
 
 def load_any(
-    name: str, *, trainable_adapter: bool = False, dtype: str | torch.dtype = "auto", **options: Any
+    name: str, *, trainable_adapter: bool = False, dtype: str | torch.dtype | None = None, **options: Any
 ) -> PreTrainedModel:
     """A model folder or Hub id as it is; an adapter folder with its base underneath.
 
@@ -89,7 +155,38 @@ def load_any(
     from peft import PeftModel
 
     model = load_model(base, dtype=dtype, **options)
+    grow_for_adapter(model, name)
+    quiet_bitsandbytes()
     return PeftModel.from_pretrained(model, name, is_trainable=trainable_adapter)
+
+
+def grow_for_adapter(model: PreTrainedModel, folder: str | Path) -> bool:
+    """Give a base the rows of tokens that were added before its adapter was trained; says whether it lacked some.
+
+    Their values are in the adapter. Without the rows peft stops at a size mismatch, or at an index that is not there.
+    """
+    rows = adapter_rows(Path(folder))
+    grows = rows > model.get_input_embeddings().weight.shape[0]
+    if grows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    return grows
+
+
+def adapter_rows(folder: Path) -> int:
+    """Embedding rows that an adapter needs: those it brings, else those that it trains one by one."""
+    from safetensors import safe_open
+
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    indices = config.get("trainable_token_indices") or {}
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    rows = max((index + 1 for ids in lists for index in ids), default=0)
+    weights = folder / "adapter_model.safetensors"
+    if weights.is_file():
+        with safe_open(weights, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                if name.endswith(".weight") and EMBEDDING_NAMES.intersection(name.split(".")):
+                    rows = max(rows, tensors.get_slice(name).get_shape()[0])
+    return rows
 
 
 def adapter_base(name: str) -> str | None:

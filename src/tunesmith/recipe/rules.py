@@ -18,9 +18,7 @@ NOT_YET: dict[str, str] = {
     "generation_num_beams": "is not implemented. Set num_beams",
     "generation_config": "is not implemented. Set max_new_tokens, temperature, top_p, ... directly",
     "warmup_ratio": "is no option of transformers 5. Write it as warmup_steps: below 1 that is a share of the run",
-    "quantization_bit": "is not implemented in this version: weights are trained in full or half precision",
-    "load_in_4bit": "is not implemented in this version: weights are trained in full or half precision",
-    "load_in_8bit": "is not implemented in this version: weights are trained in full or half precision",
+    "quantization_bit": "does not exist. Write load_in_4bit: true or load_in_8bit: true",
     "template": "does not exist: the tokenizer's chat template is used. chat_template names another",
     "dataset_dir": "does not exist. Write the path in dataset",
     "dataset_num_proc": "does not exist: rows are tokenized in batches, in one process",
@@ -115,6 +113,11 @@ def has_eval(v: Values) -> bool:
     return bool(v["eval_dataset"]) or v["val_size"] > 0
 
 
+def in_few_bits(v: Values) -> Any:
+    """Whether the base is to be held in 4 or 8 bits."""
+    return v["load_in_4bit"] or v["load_in_8bit"]
+
+
 def gives_any(keys: Iterable[str], given: Where) -> bool:
     """Whether one of `keys` was given a value of its own."""
     return any(differs(key, given) for key in keys)
@@ -153,6 +156,31 @@ CONTRADICTIONS = [
         ("adapter", *FREEZE_KEYS),
         lambda v, given: v["adapter"] in ("full", "lora") and gives_any(FREEZE_KEYS, given),
         "freeze options have no effect with adapter: {adapter}. Set adapter: freeze, or remove them.",
+    ),
+    Rule(
+        ("load_in_4bit", "load_in_8bit"),
+        lambda v, given: v["load_in_4bit"] and v["load_in_8bit"],
+        "load_in_4bit and load_in_8bit cannot both be true. Keep one.",
+    ),
+    Rule(
+        ("load_in_4bit", "load_in_8bit", "adapter"),
+        lambda v, given: in_few_bits(v) and v["adapter"] in ("full", "freeze"),
+        "a 4- or 8-bit base has no weights that adapter: {adapter} could train. Set adapter: lora.",
+    ),
+    Rule(
+        ("load_in_4bit", "load_in_8bit", "gguf_file"),
+        lambda v, given: in_few_bits(v) and v["gguf_file"],
+        "gguf_file is converted to full precision, which load_in_4bit and load_in_8bit contradict. Remove one.",
+    ),
+    Rule(
+        ("load_in_4bit", "load_in_8bit", "lora_init"),
+        lambda v, given: in_few_bits(v) and v["lora_init"] in ("pissa", "olora"),
+        "lora_init: {lora_init} takes a part out of the base's weights, which 4 and 8 bits do not allow. Remove it.",
+    ),
+    Rule(
+        ("bnb_4bit_quant_type", "use_bnb_nested_quant", "load_in_4bit"),
+        lambda v, given: not v["load_in_4bit"] and gives_any(("bnb_4bit_quant_type", "use_bnb_nested_quant"), given),
+        "4-bit options have no effect without load_in_4bit: true. Add it, or remove them.",
     ),
     Rule(
         ("do_merge", "adapter"),

@@ -1,0 +1,98 @@
+"""LoRA beyond its default: starts that borrow a part of the base (PiSSA, OLoRA), and a faster B (LoRA+)."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.errors import ConfigError
+
+BORROWING = ("pissa", "olora", "corda", "lora_ga")
+"""Starts that take a part out of the base's weights and put it into A and B (PiSSA, arXiv:2404.02948)."""
+
+
+def borrows(peft_config: Any) -> bool:
+    """Whether this adapter's base is no longer the model it was loaded as."""
+    return str(getattr(peft_config, "init_lora_weights", "")).lower().startswith(BORROWING)
+
+
+def remember_first_weights(model: nn.Module) -> None:
+    """Keep A and B as they begin, where `save_plain_lora` will need them."""
+    if any(borrows(config) for config in model.peft_config.values()):
+        model.first_lora_weights = {name: value.detach().cpu().clone() for name, value in lora_weights(model).items()}
+
+
+def lora_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A and B of the active adapter, named as in an adapter file."""
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: value for name, value in found.items() if ".lora_A." in name or ".lora_B." in name}
+
+
+def save_plain_lora(model: nn.Module, folder: str | Path) -> bool:
+    """Rewrite the adapter saved in `folder` as LoRA on the untouched base, if it began with a part of the base.
+
+    With W = W' + s·B₀A₀ the model is W' + s·BA = W + s·[B, -B₀][A; A₀]: rank 2r, which every program that reads LoRA
+    reads right. The adapter as trained fits W' only, which nobody else has. Checkpoints keep that form to go on from.
+
+    Returns: whether there was something to rewrite.
+    """
+    first = getattr(model, "first_lora_weights", None)
+    if not first:
+        return False
+    from safetensors.torch import load_file, save_file
+
+    path = Path(folder) / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name, start in first.items():
+        sign, side = (-1, 1) if ".lora_B." in name else (1, 0)
+        now = tensors[name]
+        tensors[name] = torch.cat([now, sign * start.to(now)], dim=side).contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = deepcopy(model.peft_config[model.active_adapter])
+    config.inference_mode = True
+    double_rank(config)
+    config.save_pretrained(str(folder))
+    return True
+
+
+def double_rank(config: Any) -> None:
+    """Twice the rank at the same scale: alpha grows by 2, by √2 under rsLoRA."""
+    factor = 2**0.5 if config.use_rslora else 2
+    config.init_lora_weights = True
+    config.r, config.lora_alpha = 2 * config.r, factor * config.lora_alpha
+    config.rank_pattern = {name: 2 * rank for name, rank in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {name: factor * alpha for name, alpha in (config.alpha_pattern or {}).items()}
+
+
+def loraplus_groups(
+    model: nn.Module, learning_rate: float, ratio: float, weight_decay: float = 0.0, decayed: set[str] | None = None
+) -> list[dict[str, Any]]:
+    """Parameter groups of LoRA+ (arXiv:2402.12354): B learns `ratio` times as fast as everything else.
+
+    Unlike peft's `create_loraplus_optimizer`, only B does: norms, biases and DoRA's magnitudes keep `learning_rate`,
+    and so do adapters on embeddings, for which that function has a rate of its own, 1e-6.
+
+    Args:
+        decayed: names that decay, as `Trainer.get_decay_parameter_names` gives them; `None`: matrices.
+
+    Raises: ConfigError where the model has no LoRA.
+    """
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 if decayed is None else name in decayed
+            groups.setdefault((".lora_B." in name, decays), []).append(parameter)
+    if not any(is_b for is_b, _ in groups):
+        raise ConfigError("loraplus_lr_ratio: the model has no LoRA whose B could learn faster. Remove it.")
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate * (ratio if is_b else 1.0),
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (is_b, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
