@@ -253,8 +253,3 @@ def test_a_run_goes_on_from_its_checkpoint(workplace):
 def test_a_checkpoint_that_is_none_is_named(workplace):
     output = call("train", "recipe.yaml", "--resume_from_checkpoint", "model", code=4)
     assert "model holds no trainer_state.json" in output
-
-
-@pytest.mark.parametrize("option", ["--label_smoothing_factor", "--neftune_noise_alpha"])
-def test_options_that_would_be_ignored_are_errors(workplace, option):
-    assert "does not know it yet" in call("train", "recipe.yaml", option, "0.5", code=2)

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from tunesmith.lookup import lookup
 from tunesmith.model.adapt import adapt
 from tunesmith.model.capabilities import bf16_is_faster
 from tunesmith.model.load import adapter_base, load_any, load_tokenizer, model_max_length
+from tunesmith.model.quantize import is_quantized, quantization_options
 from tunesmith.recipe import Recipe, load_recipe, resolved
 from tunesmith.runs import Run, prepare_output_dir
 from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, SampleCallback, plot_loss, use_progress
@@ -81,8 +82,9 @@ def train(recipe: Recipe) -> dict[str, float]:
         data = prepare_data(recipe, tokenizer)
         folder.save_json("data_report.json", report_json(data))
         show_data(data, tokenizer, console)
-        model = trainable_model(recipe)
-        trainer = build_trainer(recipe, model, tokenizer, data, folder, console)
+        said: list[str] = []
+        model = trainable_model(recipe, tokenizer, said.append)
+        trainer = build_trainer(recipe, model, tokenizer, data, folder, console, said)
         before = compare(recipe, trainer, data, folder, "before", console)
         metrics = trainer.train(resume_from_checkpoint=recipe.training.get("resume_from_checkpoint")).metrics
         trainer.save_model()
@@ -196,7 +198,7 @@ def encode(recipe: Recipe, examples: Sequence[Example], tokenizer: Any, report: 
     )
 
 
-def trainable_model(recipe: Recipe) -> nn.Module:
+def trainable_model(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> nn.Module:
     """The base model with what the recipe trains of it; an adapter folder's adapter goes on training."""
     options = recipe.model
     transformers.set_seed(recipe.training.get("seed", DEFAULT_SEED))  # before adapters draw their first weights
@@ -206,13 +208,14 @@ def trainable_model(recipe: Recipe) -> nn.Module:
         dtype=weight_dtype(recipe),
         attn_implementation=options.attn_implementation,
         gguf_file=options.gguf_file,
+        **quantization_options(options, use_cpu=bool(recipe.training.get("use_cpu"))),
         **hub_options(recipe),
     )
     if adapter_base(options.model_name_or_path) is not None:
         if options.adapter != "lora":
             raise ConfigError(f"adapter: {options.model_name_or_path} is a LoRA adapter, which only goes on as lora.")
         return model
-    return adapt(model, options)
+    return adapt(model, options, tokenizer, say)
 
 
 def weight_dtype(recipe: Recipe) -> str:
@@ -224,7 +227,13 @@ def weight_dtype(recipe: Recipe) -> str:
 
 
 def build_trainer(
-    recipe: Recipe, model: nn.Module, tokenizer: Any, data: Prepared, folder: Run, console: Console
+    recipe: Recipe,
+    model: nn.Module,
+    tokenizer: Any,
+    data: Prepared,
+    folder: Run,
+    console: Console,
+    said: Sequence[str] = (),
 ) -> SFTTrainer:
     """The stage's trainer, with the run directory and the progress display listening."""
     trainer_class, config_class = STAGES[recipe.run.stage]
@@ -239,7 +248,7 @@ def build_trainer(
     trainer = trainer_class(
         model, args, train_dataset=data.train, eval_dataset=data.evaluation, processing_class=tokenizer
     )
-    for line in trainer.choices:
+    for line in (*said, *trainer.choices):
         folder.event("choice", line)
         console.out(line, highlight=False)
     use_progress(trainer, ProgressCallback(lambda: trainer.tokens_seen, console))
@@ -448,9 +457,10 @@ def usable_model(recipe: Recipe) -> nn.Module:
         dtype=dtype,
         attn_implementation=options.attn_implementation,
         gguf_file=options.gguf_file,
+        **quantization_options(options, use_cpu=not on_gpu),
         **hub_options(recipe),
     )
-    return model.to("cuda" if on_gpu else "cpu").eval()
+    return model.eval() if is_quantized(model) else model.to("cuda" if on_gpu else "cpu").eval()
 
 
 def env() -> dict[str, str]:

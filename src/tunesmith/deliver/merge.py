@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.evaluate.generate import stop_token_ids
+from tunesmith.model.load import grow_for_adapter
+from tunesmith.model.quantize import is_quantized
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs.",
@@ -108,7 +110,13 @@ def _load(adapter_dir: Path, base: str) -> tuple[PeftModel, torch.dtype]:
             f"the adapter {adapter_dir} belongs to '{base}', which cannot be loaded: "
             f"{_first_line(error)} Name the base model with --base."
         ) from error
+    if is_quantized(model):
+        raise ModelError(
+            f"the base '{base}' is stored in 4 or 8 bits, which cannot hold a merged adapter exactly. Name the model "
+            "that it was quantized from with --base."
+        )
     stored = model.dtype
+    grow_for_adapter(model, adapter_dir)
     try:
         adapted = PeftModel.from_pretrained(model.float(), adapter_dir)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from tunesmith.errors import ConfigError
-from tunesmith.model.adapt import upcast_trainable
+from tunesmith.model.adapt import has_adapter, upcast_trainable
 from tunesmith.model.capabilities import activations_fit, bf16_is_faster
+from tunesmith.model.quantize import hold_adapters_in, is_quantized, multiply_in, require_input_grads
 from tunesmith.train.options import SFTConfig, loading
 
 
@@ -31,6 +32,12 @@ def settled(args: SFTConfig, model: nn.Module, train_dataset: Any) -> tuple[SFTC
         lines.append(choose_checkpointing(args, model, longest_batch(train_dataset, args)))
     if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
         args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    if has_adapter(model):
+        require_input_grads(model, args.gradient_checkpointing, args.gradient_checkpointing_kwargs)
+    if args.bf16 and is_quantized(model):
+        multiply_in(model, torch.bfloat16)
+        if args.upcast_trainable is False:
+            hold_adapters_in(model, torch.bfloat16)
     if hasattr(args, "activation_checkpointing"):  # the names since transformers 5.2x
         args.activation_checkpointing = args.gradient_checkpointing
         args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs

@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from tunesmith import allocator
 from tunesmith.data.load import Row
@@ -15,18 +15,19 @@ from tunesmith.data.prepare import prepare
 from tunesmith.data.report import Report
 from tunesmith.deliver.card import tag_model, write_card
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.model.adapt import attach, count_parameters, upcast_trainable
+from tunesmith.model.adapt import check_trainable, count_parameters, upcast_trainable
 from tunesmith.model.attention import attention_configs
 from tunesmith.model.capabilities import Support, probe_model
 from tunesmith.model.liger import apply_liger, check_liger, liger_options
-from tunesmith.model.load import check_vocabulary, load_any
+from tunesmith.model.load import check_vocabulary
 from tunesmith.train.choose import keeps_masters, settled
 from tunesmith.train.collate import FlatCollator, PaddedCollator
 from tunesmith.train.evaluation import EvaluatingTrainer
 from tunesmith.train.loaders import eval_batches, loader, stream_loader, train_batches
 from tunesmith.train.loss import loss_kind
-from tunesmith.train.options import SFTConfig, as_sft_config, loading, modernized
+from tunesmith.train.options import SFTConfig, as_sft_config, modernized
 from tunesmith.train.processing import one_of, processing_for, tokenizer_in
+from tunesmith.train.trainable import adapted, named_model
 
 MODEL_COLUMNS = ("input_ids", "labels", "weights", "seq_lengths")
 DEFAULT_MAX_LENGTH = 1024
@@ -91,18 +92,22 @@ class SFTTrainer(EvaluatingTrainer):
         if args.device.type == "cpu":
             allocator.tune()
         self.args, self.model_init, self._peft_config = args, model_init, peft_config
-        model = self._fresh_model(model)
+        self.choices: list[str] = []
+        model = self._fresh_model(model, quantization_config)
         processing_class = processing_for(model, one_of(processing_class, tokenizer), args)
         self.tokenizer = tokenizer_in(processing_class)
         if self.tokenizer is not None:
             check_vocabulary(model, self.tokenizer)
-        model = self._adapted(model)
+        model = adapted(model, args, peft_config, self.tokenizer, self.choices.append)
+        if train_dataset is not None:
+            check_trainable(model)
         self.max_length = args.max_length = args.max_seq_length = longest_row(args, model, self.tokenizer)
         self.reports: dict[str, Report] = {}
         self._own_batches = data_collator is None
         train_dataset = self._prepared("train_dataset", train_dataset)
         eval_dataset = self._prepared("eval_dataset", eval_dataset)
-        args, self.choices = settled(args, model, train_dataset)
+        args, lines = settled(args, model, train_dataset)
+        self.choices += lines
         if args.use_liger_kernel:
             apply_liger(model, args.liger_kernel_config)
             args.liger_kernel_config = liger_options(args.liger_kernel_config)  # transformers applies them once more
@@ -131,36 +136,18 @@ class SFTTrainer(EvaluatingTrainer):
 
     # ---- before training -----------------------------------------------------------------------------------------
 
-    def _fresh_model(self, model: nn.Module | str | None) -> nn.Module:
-        """The model itself, the one that its name stands for, or what `model_init` makes.
-
-        Raises: ConfigError for none or two of them, or for `model_init_kwargs` beside a model that exists already.
-        """
-        if model is not None and self.model_init is not None:
+    def _fresh_model(self, model: nn.Module | str | None, quantization_config: Any) -> nn.Module:
+        """The model itself, the one that its name stands for, or what `model_init` makes."""
+        if self.model_init is None:
+            return named_model(model, self.args, quantization_config)
+        if model is not None:
             raise ConfigError("SFTTrainer takes either a model or a model_init, but not both. Remove one.")
-        if self.model_init is not None:
-            return super().call_model_init()
-        if model is None:
-            raise ConfigError("SFTTrainer: model is missing. Give a model, a folder or a Hub id.")
-        if isinstance(model, str):
-            return load_any(model, trainable_adapter=True, **{"dtype": "float32", **loading(self.args)})
-        if given := self.args.model_init_kwargs:
-            raise ConfigError(
-                "You passed model_init_kwargs to the SFTConfig, but your model is already instantiated. "
-                f"Give {', '.join(given)} to from_pretrained, or pass the model's name."
-            )
-        return model
-
-    def _adapted(self, model: nn.Module) -> nn.Module:
-        """The model with its adapter, if one was asked for."""
-        if self._peft_config is None:
-            return model
-        set_seed(self.args.seed)  # adapters draw their first weights
-        return attach(model, self._peft_config)
+        return super().call_model_init()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model, made ready as the first was; `train` begins with it where there is a `model_init`."""
-        model = self._adapted(super().call_model_init(trial))
+        model = super().call_model_init(trial)
+        model = adapted(model, self.args, self._peft_config, self.tokenizer, lambda _: None)
         if keeps_masters(self.args):
             upcast_trainable(model)
         self._attention_configs = attention_configs(model) if self._attention_configs else []

@@ -13,6 +13,7 @@ from transformers.trainer_utils import TrainOutput
 from tunesmith.data import IGNORE_INDEX
 from tunesmith.model.attention import documents_attend
 from tunesmith.model.capabilities import Support
+from tunesmith.model.lora import loraplus_groups, save_plain_lora
 from tunesmith.train.collate import loss_positions
 from tunesmith.train.head import HeadLoss, loss_in_head
 from tunesmith.train.loss import PLAIN, TokenLoss, loss_kind
@@ -152,6 +153,17 @@ class TokenTrainer(Seq2SeqTrainer):
         """0: transformers' count walks every module at every micro-batch; ours is `tokens_seen`."""
         return 0
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer; with `loraplus_lr_ratio` its groups are those of LoRA+."""
+        if self.args.loraplus_lr_ratio is not None and self.optimizer is None:
+            target = self.model if model is None else model
+            make, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, target)
+            rates = (self.args.learning_rate, self.args.loraplus_lr_ratio, self.args.weight_decay)
+            self.optimizer = make(
+                loraplus_groups(target, *rates, set(self.get_decay_parameter_names(target))), **options
+            )
+        return super().create_optimizer(model)
+
     # ---- what is logged and saved --------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -182,7 +194,10 @@ class TokenTrainer(Seq2SeqTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Model or adapter, tokenizer and template, all as safetensors and JSON; no pickled arguments."""
         super()._save(output_dir, state_dict)
-        arguments = os.path.join(output_dir or self.args.output_dir, "training_args.bin")
+        folder = output_dir or self.args.output_dir
+        if not os.path.basename(os.path.normpath(folder)).startswith("checkpoint-"):
+            save_plain_lora(self.model, folder)  # PiSSA and its like; checkpoints keep the form that trains on
+        arguments = os.path.join(folder, "training_args.bin")
         if os.path.isfile(arguments):
             os.remove(arguments)
 
