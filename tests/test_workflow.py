@@ -253,3 +253,20 @@ def test_a_run_goes_on_from_its_checkpoint(workplace):
 def test_a_checkpoint_that_is_none_is_named(workplace):
     output = call("train", "recipe.yaml", "--resume_from_checkpoint", "model", code=4)
     assert "model holds no trainer_state.json" in output
+
+
+@pytest.mark.parametrize("bits", ["--load_in_4bit", "--load_in_8bit"])
+def test_an_adapter_trains_on_a_base_of_few_bits_and_answers_after(workplace, make_tiny_model, bits):
+    pytest.importorskip("bitsandbytes")
+    make_tiny_model(hidden_size=64, intermediate_size=128).save_pretrained("model")
+    output = call("train", "recipe.yaml", bits, "--learning_rate", "1e-2")
+    losses = [line["loss"] for line in read_metrics("run") if "loss" in line]
+    assert losses[-1] < losses[0]
+    assert "exact match" in output
+    assert (workplace / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_a_base_of_few_bits_without_an_adapter_is_an_error(workplace):
+    assert "4- or 8-bit base has no weights" in call(
+        "train", "recipe.yaml", "--load_in_4bit", "--adapter", "full", code=2
+    )
