@@ -84,7 +84,12 @@ def test_bfd_split_cuts_only_documents_that_no_row_can_hold():
 
 @pytest.mark.parametrize(
     ("strategy", "too_long", "limit"),
-    [("bfd", "truncate", 8), ("wrapped", "truncate", None), ("bfd_split", "truncate_left", None), ("wrapped", "drop", 8)],
+    [
+        ("bfd", "truncate", 8),
+        ("wrapped", "truncate", None),
+        ("bfd_split", "truncate_left", None),
+        ("wrapped", "drop", 8),
+    ],
 )
 def test_a_document_keeps_its_length_where_packing_cuts_it(strategy, too_long, limit):
     assert length_before_packing(8, strategy, too_long) == limit
@@ -95,7 +100,10 @@ def test_an_unknown_strategy_is_an_error_that_names_the_known_ones():
         pack(ROWS, 4, "ffd")
 
 
-@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=30), strategy=st.sampled_from(["bfd", "bfd_split", "wrapped"]))
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=30),
+    strategy=st.sampled_from(["bfd", "bfd_split", "wrapped"]),
+)
 def test_every_token_is_in_one_row_once(lengths, strategy):
     rows = [{"input_ids": [100 * i + k for k in range(length)]} for i, length in enumerate(lengths)]
     packed = pack(rows, 12 if strategy == "bfd" else 5, strategy)

@@ -282,7 +282,9 @@ def _with_template_variables(example: Example, given: Mapping[str, Any]) -> Exam
     kwargs = given.get("chat_template_kwargs")
     if kwargs:
         if not isinstance(kwargs, dict) or not OWN_ARGUMENTS.isdisjoint(kwargs):
-            ours = "" if not isinstance(kwargs, dict) else f" without {', '.join(sorted(OWN_ARGUMENTS & kwargs.keys()))}"
+            ours = (
+                "" if not isinstance(kwargs, dict) else f" without {', '.join(sorted(OWN_ARGUMENTS & kwargs.keys()))}"
+            )
             raise RowError(
                 f"'chat_template_kwargs' is {kind_of(kwargs)}; expected an object of the template's variables{ours}, "
                 'such as {"enable_thinking": false}.',

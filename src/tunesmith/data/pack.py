@@ -160,9 +160,7 @@ class _Rows:
             self.with_free[free].append(rows)
 
 
-def pack(
-    rows: "Dataset | list[dict]", max_length: int, strategy: PackingStrategy = "bfd"
-) -> "Dataset | list[dict]":
+def pack(rows: "Dataset | list[dict]", max_length: int, strategy: PackingStrategy = "bfd") -> "Dataset | list[dict]":
     """Join short documents into rows of at most `max_length` tokens.
 
     Args:
