@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 1000
+TOKEN_TYPES = {
+    "input_ids": datasets.List(datasets.Value("int64")),
+    "labels": datasets.List(datasets.Value("int64")),
+    "weights": datasets.List(datasets.Value("float32")),
+}
 Item = TypeVar("Item")
 
 
@@ -112,11 +117,10 @@ def as_dataset(tokens: Sequence[Tokens]) -> datasets.Dataset:
         "input_ids": [row["input_ids"] for row in tokens],
         "labels": [row["labels"] for row in tokens],
     }
-    types = {name: datasets.List(datasets.Value("int64")) for name in columns}
     if any(row.get("weights") is not None for row in tokens):
         columns["weights"] = [row.get("weights") or [1.0] * len(row["input_ids"]) for row in tokens]
-        types["weights"] = datasets.List(datasets.Value("float32"))
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(types))
+    types = datasets.Features({name: TOKEN_TYPES[name] for name in columns})
+    return datasets.Dataset.from_dict(columns, features=types)
 
 
 def joined(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
@@ -131,7 +135,7 @@ def joined(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
 
 def _with_ones(part: datasets.Dataset) -> datasets.Dataset:
     ones = [[1.0] * len(ids) for ids in part["input_ids"]]
-    return part.add_column("weights", ones, feature=datasets.List(datasets.Value("float32")))
+    return part.add_column("weights", ones, feature=TOKEN_TYPES["weights"])
 
 
 def prepare(
