@@ -1,12 +1,12 @@
-"""What a dataset's preparation depends on, and rows of either kind: to be rendered, or tokenized by somebody else."""
+"""What a dataset's preparation depends on, and rows read as examples."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import datasets
 from transformers import PreTrainedTokenizerBase
 
-from tunesmith.data import IGNORE_INDEX
 from tunesmith.data.detect import describe_format, detect_format
 from tunesmith.data.encode import Encoding
 from tunesmith.data.formats import columns_of
@@ -17,17 +17,19 @@ from tunesmith.data.pack import PackingStrategy, length_before_packing
 from tunesmith.data.prepare import BATCH_ROWS, normalized
 from tunesmith.data.report import Report, place
 from tunesmith.data.rows import Row, RowError
-from tunesmith.data.tokenize import Tokens
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.lookup import did_you_mean
 
-MASKS = ("completion_mask", "assistant_masks")  # TRL's columns of 0 and 1 beside input_ids
 DATASET_KWARGS = (
     "skip_prepare_dataset",
     "add_special_tokens",
     "append_concat_token",
     "mixture_weights",
     "mixture_stop",
+)
+NOT_PACKED = (
+    "Error occurred while packing the dataset. Make sure that your dataset has enough samples to at least yield one "
+    "packed sequence."  # TRL v0.13's
 )
 EMPTY = ("empty-text",)  # dropped and counted, not an error: a text dataset may hold empty lines
 
@@ -131,6 +133,19 @@ def preparation_of(
     )
 
 
+def check_report(report: Report, packing: bool) -> None:
+    """Stop before training on nothing.
+
+    Raises: DataError that says what became of the rows.
+    """
+    try:
+        report.check(max_drop_ratio=1.0)
+    except DataError as error:
+        if packing and not report.kept:
+            raise DataError(f"{NOT_PACKED} Here {error}") from None
+        raise
+
+
 # Rows to be rendered -----------------------------------------------------------------------------------------------
 
 
@@ -193,41 +208,6 @@ class Reader:
             self.format = self.how.format or detect_format(rows, self.columns)
 
 
-# Rows that somebody tokenized --------------------------------------------------------------------------------------
-
-
-def token_row(value: Mapping[str, Any], train_on: str) -> Tokens:
-    """A row with `input_ids` as it is; labels default to the ids, less what the mask columns leave out.
-
-    `completion_mask` counts unless `train_on` is "all". Where `attention_mask` is 0 stands padding: it is taken out.
-    """
-    ids = as_list(value["input_ids"])
-    tokens: Tokens = {"input_ids": ids}
-    if value.get("labels") is not None:
-        tokens["labels"] = as_list(value["labels"])
-    else:
-        masks = [as_list(value[name]) for name in masks_in(value, train_on) if value[name] is not None]
-        tokens["labels"] = [id if all(bits) else IGNORE_INDEX for id, *bits in zip(ids, *masks, strict=True)]
-    if value.get("weights") is not None:
-        tokens["weights"] = as_list(value["weights"])
-    if value.get("seq_lengths") is not None:  # packed by somebody
-        return tokens | {"seq_lengths": as_list(value["seq_lengths"])}
-    seen = value.get("attention_mask")
-    if seen is not None and not all(seen := as_list(seen)):
-        tokens = {name: [item for item, is_seen in zip(items, seen) if is_seen] for name, items in tokens.items()}
-    return tokens
-
-
-def masks_in(columns: Mapping[str, Any] | Sequence[str], train_on: str) -> list[str]:
-    """The mask columns that count."""
-    return [name for name in MASKS if name in columns and not (name == "completion_mask" and train_on == "all")]
-
-
-def as_list(values: Any) -> list:
-    """A list, whether it comes as list, array or tensor."""
-    return values.tolist() if hasattr(values, "tolist") else list(values)
-
-
 def without_nulls(value: Any, depth: int = 0) -> Any:
     """Objects inside a row without keys that are null: a table fills in every key that some other row has."""
     if isinstance(value, dict):
@@ -252,3 +232,10 @@ def numbered(name: str, values: Iterable[Mapping[str, Any]], from_table: bool) -
                 '{"text": "..."}.'
             )
         yield Row(without_nulls(dict(value)) if from_table else dict(value), name, number)
+
+
+def values_of(dataset: Any) -> Iterator[Mapping[str, Any]]:
+    """The rows as plain values; a transform of the person's is applied, a format for tensors is not."""
+    if not isinstance(dataset, datasets.Dataset):
+        return (dataset[index] for index in range(len(dataset)))
+    return iter(dataset if dataset.format["type"] == "custom" else dataset.with_format(None))

@@ -15,15 +15,15 @@ import datasets
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from tunesmith.data.encode import encode_batch, fit
+from tunesmith.data.encode import encode_batch
 from tunesmith.data.mix import draws
 from tunesmith.data.pack import TOKEN_COLUMNS, pack
 from tunesmith.data.prepare import as_dataset
 from tunesmith.data.report import Problem, Report
 from tunesmith.data.rows import Row
 from tunesmith.data.tokenize import Tokens
-from tunesmith.errors import DataError
-from tunesmith.train.reading import Preparation, Reader, numbered, token_row
+from tunesmith.train.reading import Preparation, Reader, check_report, numbered
+from tunesmith.train.ready import fitted, token_row
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +31,6 @@ FIRST_ROWS = 8  # of the first batch; the next are each twice as large, so that 
 FIRST_SEQUENCES = 16  # packed rows of the first buffer, likewise
 SHUFFLED_ROWS = 1000  # held to draw the next from
 LISTED = 1000  # dropped rows that the report of a stream names
-NOT_PACKED = (
-    "Error occurred while packing the dataset. Make sure that your dataset has enough samples to at least yield one "
-    "packed sequence."  # TRL v0.13's
-)
 
 
 class Stream(IterableDataset):
@@ -96,7 +92,7 @@ class TokenStream(Stream):
             warn_of_function(self.name, first.value, self.how)
             yield from self._ready(rows) if "input_ids" in first.value else self._encoded(rows)
         if get_worker_info() is None and not self.report.kept:  # the share of one of several workers may be empty
-            self.report.check(max_drop_ratio=1.0)
+            check_report(self.report, self.how.packing)
 
     def _encoded(self, rows: Iterator[Row]) -> Iterator[dict[str, Any]]:
         reader = Reader(self.how)
@@ -122,7 +118,7 @@ class TokenStream(Stream):
                 self._count(part)
                 yield row.value
                 continue
-            tokens = fitted(token_row(row.value, self.how.train_on), row, self.how, part)
+            tokens = fitted(token_row(row, self.how.train_on), row, self.how, part)
             if tokens is not None:
                 part.kept = 1
                 part.add_tokens([tokens])
@@ -151,16 +147,6 @@ def warn_of_function(name: str, columns: Iterable[str], how: Preparation) -> Non
             UserWarning,
             stacklevel=5,
         )
-
-
-def fitted(tokens: Tokens, row: Row, how: Preparation, report: Report) -> Tokens | None:
-    """The tokens of a row that somebody tokenized: as they are, or under packing of a length that can be packed."""
-    if not how.packing:
-        return tokens
-    if not tokens["input_ids"]:
-        report.dropped("no-token", row)
-        return None
-    return fit({"source": row.source, "line": row.line}, tokens, how.tokenizer, how.encoding, report)
 
 
 def for_own_collator(tokens: Tokens, reader: Reader) -> dict[str, Any]:
@@ -291,8 +277,6 @@ class PackedStream(Stream):
                 num_tokens = sum(len(document["input_ids"]) for document in held)
         if held:
             yield from self._drawn(self._packed(held, is_last=True)[0], epoch, number)
-        elif not number and get_worker_info() is None:
-            raise DataError(NOT_PACKED)
 
     def _packed(self, documents: list[Tokens], is_last: bool) -> tuple[list[dict[str, Any]], list[Tokens]]:
         """Packed rows, and the documents that wait for the next buffer."""
