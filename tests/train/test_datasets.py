@@ -1,6 +1,9 @@
 """Every kind of dataset becomes token rows whose ids and labels are written out here: one byte is one id."""
 
 import json
+import sys
+from multiprocessing.context import SpawnProcess
+from multiprocessing.spawn import get_preparation_data
 
 import datasets
 import pytest
@@ -8,6 +11,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import DataCollatorForLanguageModeling
 
+import tunesmith.data.encode
 from tests import tiny
 from tunesmith.data.report import Report
 from tunesmith.data.rows import RowError
@@ -469,19 +473,13 @@ def test_documents_are_labelled_by_a_given_function_before_they_are_packed():
 @pytest.mark.parametrize(("batch_size", "calls"), [(2, 2), (1000, 1), (None, 1), (0, 1), (-1, 1)])
 def test_examples_are_tokenized_in_batches(batch_size, calls, monkeypatch):
     sizes = []
-    tokenize = tunesmith_encode().tokenize
+    tokenize = tunesmith.data.encode.tokenize
     monkeypatch.setattr(
-        tunesmith_encode(), "tokenize", lambda rows, *rest: sizes.append(len(rows)) or tokenize(rows, *rest)
+        tunesmith.data.encode, "tokenize", lambda rows, *rest: sizes.append(len(rows)) or tokenize(rows, *rest)
     )
     assert [row["input_ids"][0] for row in make(TEXTS, batch_size=batch_size)] == ids("ott")
     assert len(sizes) == calls
     assert sum(sizes) == 3
-
-
-def tunesmith_encode():
-    import tunesmith.data.encode
-
-    return tunesmith.data.encode
 
 
 # trainer: B5
@@ -494,6 +492,16 @@ def test_two_processes_give_the_same_rows_and_report_as_one():
     assert one.num_dropped > 0
     with pytest.raises(DataError, match=r"train_dataset row 6: \d+ tokens, max_length is 27"):
         make(rows, num_proc=2, **{**options, "too_long": "error", "max_length": 27})
+
+
+def test_workers_do_not_run_the_persons_script_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "train.py"), raising=False)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(SpawnProcess, "_Popen", staticmethod(lambda process: get_preparation_data("worker")))
+    main = sys.modules["__main__"]
+    assert "init_main_from_path" in get_preparation_data("worker")
+    assert not {"init_main_from_path", "init_main_from_name"} & tunesmith.data.encode._Worker._Popen(None).keys()
+    assert sys.modules["__main__"] is main
 
 
 def test_repeated_rows_are_noted_across_batches():
@@ -555,3 +563,20 @@ def test_a_mixture_that_cannot_be_is_an_error():
         mixture({"a": TEXTS}, mixture_stop="last")
     with pytest.raises(ConfigError, match=r"train_dataset\[a\] is a dict of datasets"):
         mixture({"a": DatasetDict({"train": TEXTS})})
+
+
+# trainer: F7
+def test_a_prompt_in_the_manner_of_alpaca_is_trained_whole():
+    def layout(rows):
+        return [
+            f"### Instruction:\n{instruction}\n\n### Response:\n{output}"
+            for instruction, output in zip(rows["instruction"], rows["output"])
+        ]
+
+    row = make(Dataset.from_list([{"instruction": "Add.", "output": "4"}]), formatting_func=layout)[0]
+    assert row["labels"] == [*ids("### Instruction:\nAdd.\n\n### Response:\n4"), EOS]
+
+
+# trainer: K1
+def test_rows_are_cut_at_max_length_and_never_padded_to_it():
+    assert [len(row["input_ids"]) for row in make(TEXTS, max_length=5)] == [4, 5, 5]

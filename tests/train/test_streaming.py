@@ -228,7 +228,7 @@ def test_tokenized_streams_are_used_as_they_are_and_packed_if_asked():
 def test_rows_that_come_packed_are_never_joined_across_their_documents():
     source = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "seq_lengths": [2, 1]}, {"input_ids": [4, 5]}]
     rows = list(make(Plain(source), max_length=8, packing=True))
-    assert rows[0]["seq_lengths"] == [2, 1, 2]
+    assert rows[0]["seq_lengths"] == [2, 2, 1]
     assert next(iter(make(Plain(source)))) == source[0]
 
 

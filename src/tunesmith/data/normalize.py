@@ -32,7 +32,7 @@ class Example(TypedDict, total=False):
     text: str
     messages: list[Message]
     tools: list[dict[str, Any]]
-    """Functions the assistant may call; with turns only."""
+    """Functions the assistant may call; with turns, or strings that become turns."""
     prompt: str | list[Message]
     completion: str | list[Message]
     chat_template_kwargs: dict[str, Any]

@@ -231,4 +231,5 @@ def _plain_rows(name: str, part: Any, how: Preparation) -> datasets.Dataset:
     if "seq_lengths" in table.column_names:
         return as_dataset([document for row in table for document in documents_of(row)])
     table = table.select_columns([column for column in TOKEN_COLUMNS if column in table.column_names])
-    return table.cast(datasets.Features({column: TOKEN_TYPES[column] for column in table.column_names}))
+    types = datasets.Features({column: TOKEN_TYPES[column] for column in table.column_names})
+    return table if table.features == types else table.cast(types)
