@@ -32,6 +32,7 @@ def ids(text: str) -> list[int]:
 
 def arguments(**options) -> SFTConfig:
     args = SFTConfig()
+    args.dataset_kwargs, args.num_of_sequences, args.chars_per_token = None, 1024, 3.6
     for name, value in options.items():
         setattr(args, name, value)
     return args
@@ -123,9 +124,14 @@ def test_dataset_kwargs_say_what_stands_around_a_text(kwargs, expected, sentence
     assert "|".join(tokens).replace("▁", "").replace("h|i", "hi").split("|") == expected
 
 
-def test_an_unknown_key_of_dataset_kwargs_is_an_error(byte_tokenizer):
-    with pytest.raises(ConfigError, match=r"unknown key 'add_special_token'\. Did you mean 'add_special_tokens'\?"):
-        preparation_of(arguments(dataset_kwargs={"add_special_token": True}), byte_tokenizer, 64)
+# trainer: B8
+def test_dataset_kwargs_say_how_rows_are_read(byte_tokenizer):
+    kwargs = {"columns": {"text": "body"}, "format": "text", "on_bad_row": "skip"}
+    report = Report()
+    how = preparation_of(arguments(dataset_kwargs=kwargs), byte_tokenizer, 64)
+    rows = prepared("train_dataset", [{"body": 5}, {"body": "hi"}], how, report)
+    assert rows[0]["input_ids"] == [*ids("hi"), EOS]
+    assert [(drop.reason, drop.line) for drop in report.drops] == [("bad-content", 1)]
 
 
 # trainer: B1
@@ -464,6 +470,12 @@ def test_documents_are_labelled_by_a_given_function_before_they_are_packed():
     rows = make([{"text": "a: b"}, {"text": "none"}], packing=True, label_with=after_colon, report=report)
     assert [marked(row) for row in rows] == ["a:⟦ b<|im_end|>⟧"]
     assert [(drop.reason, drop.line) for drop in report.drops] == [("no-trained-token", 2)]
+
+    def refuse(tokens):
+        raise DataError("no template")
+
+    with pytest.raises(DataError, match=r"^train_dataset row 1: no template$"):
+        make([{"text": "a: b"}], packing=True, label_with=refuse)
 
 
 # Batches and processes

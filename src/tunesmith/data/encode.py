@@ -120,13 +120,22 @@ def fit(
         if fitted is None:
             return None
     if how.label_with is not None:
-        fitted = {**fitted, "labels": how.label_with(fitted["input_ids"])}
+        fitted = {**fitted, "labels": _labels(example, fitted["input_ids"], how)}
     if any(label != IGNORE_INDEX for label in fitted["labels"][1:]):
         return fitted
     del report.changes[before:]  # it was cut, and then nothing was left of it to train
     cut = len(fitted["input_ids"]) < len(tokens["input_ids"])
     report.dropped("no-trained-token", example, "what would be trained lies beyond max_length" if cut else "")
     return None
+
+
+def _labels(example: Example, ids: list[int], how: Encoding) -> list[int]:
+    """Labels by `how.label_with`, whose errors know nothing of rows."""
+    try:
+        return how.label_with(ids)
+    except DataError as error:
+        error.args = (f"{place_of(example)}{error}", *error.args[1:])
+        raise
 
 
 def _shortened(

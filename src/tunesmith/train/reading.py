@@ -17,20 +17,14 @@ from tunesmith.data.pack import PackingStrategy, length_before_packing
 from tunesmith.data.prepare import BATCH_ROWS, normalized
 from tunesmith.data.report import Report, place
 from tunesmith.data.rows import Row, RowError
-from tunesmith.errors import ConfigError, DataError
+from tunesmith.errors import DataError
 from tunesmith.lookup import did_you_mean
 
-DATASET_KWARGS = (
-    "skip_prepare_dataset",
-    "add_special_tokens",
-    "append_concat_token",
-    "mixture_weights",
-    "mixture_stop",
-)
 NOT_PACKED = (
     "Error occurred while packing the dataset. Make sure that your dataset has enough samples to at least yield one "
     "packed sequence."  # TRL v0.13's
 )
+OF_DATASETS = ("mixture_weights", "mixture_stop", "on_bad_row", "format", "columns", "system_prompt")
 EMPTY = ("empty-text",)  # dropped and counted, not an error: a text dataset may hold empty lines
 
 
@@ -97,15 +91,8 @@ def preparation_of(
     label_with: Callable[[list[int]], list[int]] | None = None,
     own_collator: bool = False,
 ) -> Preparation:
-    """The preparation that an `SFTConfig` asks for, of training or evaluation data.
-
-    Raises: ConfigError for an unknown key of `dataset_kwargs`.
-    """
-    kwargs = getattr(args, "dataset_kwargs", None) or {}
-    for key in kwargs:
-        if key not in DATASET_KWARGS:
-            hint = did_you_mean(str(key), DATASET_KWARGS)
-            raise ConfigError(f"dataset_kwargs: unknown key '{key}'.{hint} Known: {', '.join(DATASET_KWARGS)}.")
+    """The preparation that an `SFTConfig` asks for, of training or evaluation data."""
+    kwargs = args.dataset_kwargs or {}
     packing = args.packing if not evaluation or args.eval_packing is None else args.eval_packing
     return Preparation(
         tokenizer=tokenizer,
@@ -126,10 +113,9 @@ def preparation_of(
         own_collator=own_collator,
         keep_columns=args.remove_unused_columns is False,
         skip=bool(kwargs.get("skip_prepare_dataset", False)),
-        num_of_sequences=getattr(args, "num_of_sequences", 1024),
-        chars_per_token=getattr(args, "chars_per_token", 3.6),
-        mixture_weights=kwargs.get("mixture_weights"),
-        mixture_stop=kwargs.get("mixture_stop", "first"),
+        num_of_sequences=args.num_of_sequences,
+        chars_per_token=args.chars_per_token,
+        **{key: kwargs[key] for key in OF_DATASETS if key in kwargs},
     )
 
 
