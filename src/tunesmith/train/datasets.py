@@ -141,7 +141,7 @@ def _documents(name: str, dataset: Any, how: Preparation, report: Report) -> Any
     warn_of_function(name, columns, how)
     if "input_ids" in columns:
         return ready(name, dataset, columns, how, report)
-    return _encoded(name, dataset, columns, how, report)
+    return _encoded(name, dataset, how, report)
 
 
 def columns_of(dataset: Any) -> list[str]:
@@ -165,7 +165,7 @@ def _warn_of_columns(name: str, columns: Iterable[str], how: Preparation) -> Non
 # Rows to be rendered -----------------------------------------------------------------------------------------------
 
 
-def _encoded(name: str, dataset: Any, columns: list[str], how: Preparation, report: Report) -> datasets.Dataset:
+def _encoded(name: str, dataset: Any, how: Preparation, report: Report) -> datasets.Dataset:
     """Rows rendered and tokenized, batch by batch."""
     reader, seen, numbers, parts = Reader(how), set(), [], []
     rows = numbered(name, values_of(dataset), from_table=isinstance(dataset, datasets.Dataset))

@@ -77,8 +77,8 @@ class Preparation:
         )
 
     def of_part(self) -> "Preparation":
-        """The preparation of one part of a mixture, without what is done to the token rows of all."""
-        return replace(self, shuffle=False, own_collator=False, keep_columns=False)
+        """The preparation of one part of a mixture: token rows with nothing beside, so that they go together."""
+        return replace(self, own_collator=False, keep_columns=False)
 
 
 def preparation_of(
