@@ -44,7 +44,6 @@ def ready(name: str, dataset: Any, columns: list[str], how: Preparation, report:
         labels = _labels(table, masks_in(columns, how.train_on))
         dataset = dataset.with_format(None).add_column("labels", labels)
     _count_tokens(dataset, report)
-    check_report(report, how.packing)
     return dataset
 
 
@@ -62,7 +61,8 @@ def refitted(name: str, dataset: Any, how: Preparation, report: Report) -> datas
         report.add_tokens(kept)
         parts.append(as_dataset(kept))
         packed_lengths += [tokens["seq_lengths"] for tokens in kept if "seq_lengths" in tokens]
-    check_report(report, how.packing)
+    if how.packing:
+        check_report(report, how.packing)
     rows = joined(parts)
     return rows.add_column("seq_lengths", packed_lengths) if packed_lengths else rows
 
