@@ -47,3 +47,8 @@ def test_rows_of_no_format_are_named_with_the_closest_one(value, message):
 def test_the_format_is_described_with_what_it_reads_and_what_not():
     described = describe_format("alpaca", Row(ALPACA | {"id": 3, "\x1b": 1}, "a.json", 1))
     assert described == "format: alpaca (columns instruction, input, output; not read: id, \\x1b)"
+
+
+def test_a_null_column_is_as_good_as_none():
+    assert detect_format(rows({"messages": None, "text": "x"}, {"messages": None, "text": "y"})) == "text"
+    assert detect_format(rows({"messages": [HI, HELLO], "text": None})) == "messages"

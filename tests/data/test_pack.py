@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tunesmith.data.pack
-from tunesmith.data.pack import pack, plan_packing
+from tunesmith.data.pack import length_before_packing, pack, plan_packing
 from tunesmith.errors import DataError
 
 ROWS = [
@@ -71,12 +71,45 @@ def test_wrapped_fills_every_row_but_the_last_and_a_cut_document_goes_on_as_a_ne
     assert [row["input_ids"] for row in pack(ROWS, 5, "wrapped")] == [[1, 2, 3, 4, 5], [6]]
 
 
-@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=30), strategy=st.sampled_from(["bfd", "wrapped"]))
+def test_bfd_split_cuts_only_documents_that_no_row_can_hold():
+    rows = [{"input_ids": [1, 2]}, {"input_ids": [10, 11, 12, 13, 14, 15, 16, 17, 18, 19]}, {"input_ids": [3]}]
+    assert pack(rows, 4, "bfd_split") == [
+        {"input_ids": [10, 11, 12, 13], "seq_lengths": [4]},
+        {"input_ids": [14, 15, 16, 17], "seq_lengths": [4]},
+        {"input_ids": [1, 2, 18, 19], "seq_lengths": [2, 2]},
+        {"input_ids": [3], "seq_lengths": [1]},
+    ]
+    assert pack(rows[:1], 4, "bfd_split") == pack(rows[:1], 4)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "too_long", "limit"),
+    [
+        ("bfd", "truncate", 8),
+        ("wrapped", "truncate", None),
+        ("bfd_split", "truncate_left", None),
+        ("wrapped", "drop", 8),
+    ],
+)
+def test_a_document_keeps_its_length_where_packing_cuts_it(strategy, too_long, limit):
+    assert length_before_packing(8, strategy, too_long) == limit
+
+
+def test_an_unknown_strategy_is_an_error_that_names_the_known_ones():
+    with pytest.raises(DataError, match=r"unknown packing strategy 'ffd'\. Known: bfd, bfd_split, wrapped\."):
+        pack(ROWS, 4, "ffd")
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=30),
+    strategy=st.sampled_from(["bfd", "bfd_split", "wrapped"]),
+)
 def test_every_token_is_in_one_row_once(lengths, strategy):
     rows = [{"input_ids": [100 * i + k for k in range(length)]} for i, length in enumerate(lengths)]
-    packed = pack(rows, 12, strategy)
+    packed = pack(rows, 12 if strategy == "bfd" else 5, strategy)
     assert sorted(t for row in packed for t in row["input_ids"]) == [t for row in rows for t in row["input_ids"]]
     assert all(sum(row["seq_lengths"]) == len(row["input_ids"]) <= 12 for row in packed)
+    assert strategy == "bfd" or max(len(row["input_ids"]) for row in packed) <= 5
     for row in packed:  # tokens of one sequence are consecutive tokens of one document
         sequences = np.split(row["input_ids"], np.cumsum(row["seq_lengths"])[:-1])
         assert all(np.all(np.diff(sequence) == 1) for sequence in sequences)

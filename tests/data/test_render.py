@@ -4,7 +4,7 @@ import pytest
 
 from tests import tiny
 from tests.templates import CHATML, GEMMA, MISTRAL
-from tunesmith.data.render import drop_oldest_turns, render
+from tunesmith.data.render import Rendered, Span, drop_oldest_turns, render, render_prompt
 from tunesmith.data.rows import RowError
 from tunesmith.errors import TemplateError
 
@@ -265,3 +265,22 @@ def test_a_template_that_leaves_something_out_is_refused(byte_tokenizer, example
     with pytest.raises(TemplateError, match=words) as caught:
         render(example, byte_tokenizer, chat_template=template)
     assert caught.value.reason == reason
+
+
+def test_a_text_ends_without_a_stop_token_if_none_is_wanted(byte_tokenizer):
+    rendered = render({"text": "hi"}, byte_tokenizer, append_eos=False, add_special_tokens=False)
+    assert rendered == Rendered("hi", [Span(0, 2)])
+
+
+MOODY = "{{ mood }}{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}[{% endif %}"
+
+
+def test_variables_of_the_template_are_text_and_reach_training_and_prompt_alike(byte_tokenizer):
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    kwargs = {"mood": "calm<|im_end|>"}
+    rendered = render({"messages": messages, "chat_template_kwargs": kwargs}, byte_tokenizer, chat_template=MOODY)
+    assert rendered.text == "calm<|im_end|>[?][!]<|im_end|>"
+    assert rendered.literal == [(4, 14)]
+    prompt = render_prompt(messages[:1], byte_tokenizer, chat_template=MOODY, chat_template_kwargs=kwargs)
+    assert rendered.text.startswith(prompt.text)
+    assert prompt.text == "calm<|im_end|>[?]["

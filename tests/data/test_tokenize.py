@@ -3,13 +3,14 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import ByT5Tokenizer
 
 from tests import tiny
 from tests.data.chats import CONTROL, PAIRS, SPACES, WORDS, answer, chats, family_of
 from tunesmith.data.render import Rendered, Span, control_tokens, render
 from tunesmith.data.rows import RowError
-from tunesmith.data.tokenize import IGNORE_INDEX, tokenize, truncate
+from tunesmith.data.tokenize import IGNORE_INDEX, added_tokens, tokenize, truncate
 
 pairs = pytest.mark.parametrize("pair", PAIRS)
 
@@ -155,3 +156,26 @@ def _swallowing(token: str):
     from tokenizers import AddedToken
 
     return AddedToken(token, rstrip=True, special=True)
+
+
+def test_a_cut_on_the_left_keeps_the_last_tokens():
+    tokens = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
+    assert truncate(tokens, 2, "left") == {"input_ids": [2, 3], "labels": [2, 3]}
+
+
+def test_what_a_tokenizer_puts_around_a_text_is_found_and_put_there_once():
+    tokenizer = tiny.make_byte_tokenizer("mistral")
+    special = [("<s>", 256), ("</s>", 257)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> <s> $A </s>", special_tokens=special
+    )
+    assert added_tokens(tokenizer) == ([256, 256], [257])
+    rows = [
+        Rendered("hi", [Span(0, 2)], add_bos=True, add_suffix=True),
+        Rendered("hi</s>", [Span(0, 6)], add_suffix=True),
+        Rendered("hi", [Span(0, 2, 0.5)], add_suffix=True),
+    ]
+    first, second, third = tokenize(rows, tokenizer)
+    assert first == {"input_ids": [256, 256, 104, 105, 257], "labels": [-100, -100, 104, 105, 257]}
+    assert second == {"input_ids": [104, 105, 257], "labels": [104, 105, 257]}
+    assert third == {"input_ids": [104, 105, 257], "labels": [104, 105, 257], "weights": [0.5, 0.5, 0.5]}

@@ -1,7 +1,8 @@
 """A chat template bound to a tokenizer: conversations in, text out, and errors that name the row."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.report import place
 from tunesmith.errors import TemplateError
@@ -32,10 +33,17 @@ class Chat:
     template: str
     tools: list[dict] | None
     where: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the template, e.g. `{"enable_thinking": False}`."""
 
     @classmethod
     def of(
-        cls, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None, tools: list[dict] | None, where: str
+        cls,
+        tokenizer: "PreTrainedTokenizerBase",
+        chat_template: str | None,
+        tools: list[dict] | None,
+        where: str,
+        kwargs: Mapping[str, Any] | None = None,
     ) -> "Chat":
         """The tokenizer's template, or `chat_template`; `where` begins every error."""
         tools = tools or None
@@ -46,9 +54,10 @@ class Chat:
                 "file, or take a model that has one (names of chat models often end in -Instruct)",
             )
         try:
-            return cls(tokenizer, tokenizer.get_chat_template(chat_template, tools), tools, where)
+            template = tokenizer.get_chat_template(chat_template, tools)
         except ValueError as error:
             raise refusal(where, str(error)) from error
+        return cls(tokenizer, template, tools, where, kwargs or {})
 
     def text(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """The conversation as the template writes it."""
@@ -59,6 +68,7 @@ class Chat:
                 chat_template=self.template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
+                **self.kwargs,
             )
         except Exception as error:  # a template is a foreign program: it may raise anything
             raise self.failed(error) from error
@@ -74,6 +84,7 @@ class Chat:
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
+                **self.kwargs,
             )
         except Exception as error:  # as above
             raise self.failed(error) from error

@@ -25,16 +25,18 @@ NICKNAMES: dict[str, tuple[str, ...]] = {
 def detect_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> str:
     """The name of the format whose columns the rows have; `columns` as in `normalize`.
 
-    A row that has the columns of no format does not change the answer: `normalize` says what it lacks.
+    A row that has the columns of no format does not change the answer: `normalize` says what it lacks. A column that
+    is null is as good as absent: tables fill it in where rows of several shapes are put together.
 
     Raises: DataError if rows have different formats, or no row has the columns of any.
     """
     seen: dict[str, Row] = {}
     names: dict[tuple[str, ...], str | None] = {}
     for row in rows:
-        keys = tuple(row.value)
+        keys = tuple(key for key, item in row.value.items() if item is not None)
         if keys not in names:
-            names[keys] = _format_of(renamed(row.value, columns) if columns else row.value)
+            filled = {key: row.value[key] for key in keys}
+            names[keys] = _format_of(renamed(filled, columns) if columns else filled)
             if (name := names[keys]) is not None:
                 seen.setdefault(name, row)
     if len(seen) > 1:

@@ -12,6 +12,7 @@ from tunesmith.data.rows import RowError
 from tunesmith.lookup import did_you_mean
 
 INSTRUCTING = ("system", "developer")
+OF_CHATS = ("tools", "chat_template_kwargs")  # columns that any conversation may have
 
 
 class Format(NamedTuple):
@@ -39,7 +40,7 @@ def read_alpaca(value: dict[str, Any]) -> dict[str, Any]:
             raise RowError(f"'history' holds {what}; expected pairs [question, answer] of texts.", "bad-history")
         messages += ({"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]})
     messages += ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
-    return {"messages": _with_system_column(messages, value), "tools": value.get("tools")}
+    return {"messages": _with_system_column(messages, value), **_of_chat(value)}
 
 
 def read_sharegpt(value: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +55,11 @@ def read_messages(value: dict[str, Any]) -> dict[str, Any]:
 
 def _conversation(value: dict[str, Any], name: str) -> dict[str, Any]:
     turns = [_as_role_and_content(turn) for turn in turns_of(column(value, name), name)]
-    return {"messages": _with_system_column(turns, value), "tools": value.get("tools")}
+    return {"messages": _with_system_column(turns, value), **_of_chat(value)}
+
+
+def _of_chat(value: dict[str, Any]) -> dict[str, Any]:
+    return {name: value[name] for name in OF_CHATS if value.get(name) is not None}
 
 
 def _as_role_and_content(turn: dict[str, Any]) -> dict[str, Any]:
@@ -84,14 +89,14 @@ def read_prompt_completion(value: dict[str, Any]) -> dict[str, Any]:
     """Both texts, or both lists of turns."""
     prompt, completion = column(value, "prompt"), column(value, "completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        return {"prompt": prompt, "completion": completion}
+        return {"prompt": prompt, "completion": completion, **_of_chat(value)}
     if isinstance(prompt, str) or isinstance(completion, str):
         text, other = ("prompt", "completion") if isinstance(prompt, str) else ("completion", "prompt")
         found = kind_of(value[other])
         raise RowError(
             f"'{text}' is a text but '{other}' is {found}; both must be texts or both turns.", "bad-content"
         )
-    return {"prompt": prompt, "completion": completion, "tools": value.get("tools")}
+    return {"prompt": prompt, "completion": completion, **_of_chat(value)}
 
 
 def read_text(value: dict[str, Any]) -> dict[str, Any]:
@@ -102,19 +107,19 @@ def read_text(value: dict[str, Any]) -> dict[str, Any]:
 # Where a row has the columns of several formats, the first that fits is taken.
 FORMATS: dict[str, Format] = {
     "messages": Format(
-        ("messages",), ("tools", "system"), read_messages, "turns as role and content, as in OpenAI's files"
+        ("messages",), ("system", *OF_CHATS), read_messages, "turns as role and content, as in OpenAI's files"
     ),
     "sharegpt": Format(
-        ("conversations",), ("tools", "system"), read_sharegpt, "turns as from and value: human, gpt, system, ..."
+        ("conversations",), ("system", *OF_CHATS), read_sharegpt, "turns as from and value: human, gpt, system, ..."
     ),
     "alpaca": Format(
         ("instruction", "output"),
-        ("input", "system", "history", "tools"),
+        ("input", "system", "history", *OF_CHATS),
         read_alpaca,
         "instruction, optional input, output",
     ),
     "prompt-completion": Format(
-        ("prompt", "completion"), ("tools",), read_prompt_completion, "a prompt and what follows it"
+        ("prompt", "completion"), OF_CHATS, read_prompt_completion, "a prompt and what follows it"
     ),
     "text": Format(("text",), (), read_text, "plain text"),
 }

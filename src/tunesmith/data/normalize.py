@@ -32,9 +32,11 @@ class Example(TypedDict, total=False):
     text: str
     messages: list[Message]
     tools: list[dict[str, Any]]
-    """Functions the assistant may call; with turns only."""
+    """Functions the assistant may call; with turns, or strings that become turns."""
     prompt: str | list[Message]
     completion: str | list[Message]
+    chat_template_kwargs: dict[str, Any]
+    """Further variables of the chat template, for this row; with turns, or strings that become turns."""
     source: str
     line: int
 
@@ -57,6 +59,18 @@ ROLES: dict[str, str] = {
     "function_response": "tool",
 }
 MEDIA = ("images", "videos", "audios")
+# Arguments of apply_chat_template that the renderer sets itself.
+OWN_ARGUMENTS = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tools",
+}
 
 
 def normalize(
@@ -139,16 +153,17 @@ def _checked(example: Mapping[str, Any], system_prompt: str | None) -> Example:
         messages = [_message(turn, n) for n, turn in enumerate(turns_of(example["messages"], "messages"), 1)]
         messages = _with_system_prompt(messages, system_prompt)
         check_turns(messages)
-        return _with_tools({"messages": messages}, example.get("tools"))
+        return _with_template_variables({"messages": messages}, example)
     prompt, completion = column(example, "prompt"), column(example, "completion")
     if isinstance(prompt, str):
         prompt = _filled(prompt, "prompt", "empty-prompt")
-        return {"prompt": prompt, "completion": _filled(completion, "completion", "empty-answer")}
+        texts: Example = {"prompt": prompt, "completion": _filled(completion, "completion", "empty-answer")}
+        return _with_template_variables(texts, example)
     before = [_message(turn, n) for n, turn in enumerate(turns_of(prompt, "prompt"), 1)]
     before = _with_system_prompt(before, system_prompt)
     after = [_message(turn, n) for n, turn in enumerate(turns_of(completion, "completion"), 1)]
     check_turns([*before, *after], last=len(after))
-    return _with_tools({"prompt": before, "completion": after}, example.get("tools"))
+    return _with_template_variables({"prompt": before, "completion": after}, example)
 
 
 def _filled(text: Any, name: str, reason: str) -> str:
@@ -262,6 +277,23 @@ def check_turns(messages: Sequence[Message], last: int | None = None) -> None:
             raise RowError(f"the assistant's turn {number} is empty. Write the answer.", "empty-answer")
 
 
+def _with_template_variables(example: Example, given: Mapping[str, Any]) -> Example:
+    """The example with the tools and the `chat_template_kwargs` of its row; null is none, as Parquet fills it in."""
+    kwargs = given.get("chat_template_kwargs")
+    if kwargs:
+        if not isinstance(kwargs, dict) or not OWN_ARGUMENTS.isdisjoint(kwargs):
+            ours = (
+                "" if not isinstance(kwargs, dict) else f" without {', '.join(sorted(OWN_ARGUMENTS & kwargs.keys()))}"
+            )
+            raise RowError(
+                f"'chat_template_kwargs' is {kind_of(kwargs)}; expected an object of the template's variables{ours}, "
+                'such as {"enable_thinking": false}.',
+                "bad-template-kwargs",
+            )
+        example["chat_template_kwargs"] = {key: item for key, item in kwargs.items() if item is not None}
+    return _with_tools(example, given.get("tools"))
+
+
 def _with_tools(example: Example, tools: Any) -> Example:
     """Tools as a list of `{"type": "function", "function": {...}}`, read from a list or from its JSON text."""
     if isinstance(tools, str):
@@ -290,16 +322,17 @@ def _no_media(value: Mapping[str, Any]) -> None:
 
 def count_duplicates(examples: Iterable[Example]) -> int:
     """Examples that repeat an earlier one, wherever they came from."""
-    keys = [_content(example) for example in examples]
+    keys = [fingerprint(example) for example in examples]
     return len(keys) - len(set(keys))
 
 
 def find_overlap(train: Iterable[Example], held_out: Iterable[Example]) -> int:
     """Held-out examples that are also trained on, which makes the evaluation look better than it is."""
-    trained = {_content(example) for example in train}
-    return sum(_content(example) in trained for example in held_out)
+    trained = {fingerprint(example) for example in train}
+    return sum(fingerprint(example) in trained for example in held_out)
 
 
-def _content(example: Example) -> int:
+def fingerprint(example: Example) -> int:
+    """The same number for examples that are the same word for word, wherever they came from; within one process."""
     own = {key: item for key, item in example.items() if key not in ("source", "line")}
     return hash(json.dumps(own, sort_keys=True, default=str))

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
+PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
 TOKEN_COLUMNS = ("input_ids", "labels", "weights")
 TOKENS_PER_CHUNK = 1 << 24  # gathered at once; bounds the temporary memory of `pack` to about 0.5 GiB
 
@@ -71,6 +72,12 @@ def plan_packing(lengths: Sequence[int] | np.ndarray, capacity: int) -> PackingP
     order = by_length[np.argsort(rows.row_of, kind="stable")]
     per_row = np.bincount(rows.row_of, minlength=rows.num_rows)
     return PackingPlan(order, np.concatenate([[0], np.cumsum(per_row)]).astype(np.int64))
+
+
+def length_before_packing(max_length: int | None, strategy: PackingStrategy, too_long: str) -> int | None:
+    """Tokens that a document may have before it is packed: any number (`None`) where packing itself cuts long ones."""
+    packing_cuts = strategy != "bfd" and too_long.startswith("truncate")
+    return None if packing_cuts else max_length
 
 
 def _check_lengths(lengths: np.ndarray, capacity: int) -> None:
@@ -153,18 +160,17 @@ class _Rows:
             self.with_free[free].append(rows)
 
 
-def pack(
-    rows: "Dataset | list[dict]", max_length: int, strategy: Literal["bfd", "wrapped"] = "bfd"
-) -> "Dataset | list[dict]":
+def pack(rows: "Dataset | list[dict]", max_length: int, strategy: PackingStrategy = "bfd") -> "Dataset | list[dict]":
     """Join short documents into rows of at most `max_length` tokens.
 
     Args:
         rows: documents with `input_ids` and, if there, `labels` and `weights`, lists of equal length. Other columns
             are left out. A list of dicts comes back as a list of dicts.
         max_length: tokens per packed row.
-        strategy: "bfd" keeps documents whole (best-fit decreasing); "wrapped" joins them in their order and cuts every
-            `max_length` tokens; the last row is shorter. A document that is cut goes on as a new one, whose first
-            token has nothing to be predicted from: `sum(map(len, packed["seq_lengths"])) - len(rows)` tokens in all.
+        strategy: "bfd" keeps documents whole (best-fit decreasing); "bfd_split" first cuts those of more than
+            `max_length` tokens into several; "wrapped" joins all in their order and cuts every `max_length` tokens;
+            the last row is shorter. A document that is cut goes on as a new one, whose first token has nothing to be
+            predicted from: `sum(map(len, packed["seq_lengths"])) - len(rows)` tokens in all.
 
     Returns: rows with `seq_lengths` added, so that position ids restart at each document.
     Raises: DataError if a document is empty or, under "bfd", longer than `max_length`.
@@ -184,14 +190,15 @@ def pack(
     table = rows.select_columns(columns).with_format("arrow")[:]
     lengths = _lengths(table)
     if strategy == "bfd":
-        plan = plan_packing(lengths, max_length)
-        starts = (np.cumsum(lengths) - lengths)[plan.order]
-        sequences = _Sequences(starts, lengths[plan.order], np.diff(plan.offsets))
+        sequences = _best_fit(np.cumsum(lengths) - lengths, lengths, max_length)
+    elif strategy == "bfd_split":
+        _check_lengths(lengths, int(lengths.max()))
+        sequences = _best_fit(*_cut_long(lengths, max_length), max_length)
     elif strategy == "wrapped":
         _check_lengths(lengths, int(lengths.max()))
         sequences = _cut_at_row_edges(lengths, max_length)
     else:
-        raise DataError(f"unknown packing strategy '{strategy}'. Known: bfd, wrapped.")
+        raise DataError(f"unknown packing strategy '{strategy}'. Known: {', '.join(get_args(PackingStrategy))}.")
     return Dataset(InMemoryTable(_packed_table(table, lengths, sequences)))
 
 
@@ -207,6 +214,19 @@ def _lengths(table: "pa.Table") -> np.ndarray:
     import pyarrow.compute as pc
 
     return pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
+
+
+def _best_fit(starts: np.ndarray, lengths: np.ndarray, max_length: int) -> _Sequences:
+    plan = plan_packing(lengths, max_length)
+    return _Sequences(starts[plan.order], lengths[plan.order], np.diff(plan.offsets))
+
+
+def _cut_long(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and lengths of the documents, each cut every `max_length` tokens from its own beginning."""
+    num_pieces = -(-lengths // max_length)
+    begins = max_length * _ranges(np.zeros_like(lengths), num_pieces)
+    piece_lengths = np.minimum(max_length, np.repeat(lengths, num_pieces) - begins)
+    return np.repeat(np.cumsum(lengths) - lengths, num_pieces) + begins, piece_lengths
 
 
 def _cut_at_row_edges(lengths: np.ndarray, max_length: int) -> _Sequences:

@@ -38,7 +38,9 @@ class Rendered(NamedTuple):
     literal: Sequence[tuple[int, int]] = ()
     """Character ranges that look like control tokens but were written by a person: tokenized as plain text."""
     add_bos: bool = False
-    """Put the tokenizer's BOS in front, if it has the habit and the text does not begin with it."""
+    """Put in front what the tokenizer puts there by habit, unless the text begins with it."""
+    add_suffix: bool = False
+    """Put behind what the tokenizer puts there by habit, unless the text ends with it."""
 
 
 def render(
@@ -47,6 +49,8 @@ def render(
     *,
     train_on: "TrainOn" = "assistant",
     chat_template: str | None = None,
+    append_eos: bool = True,
+    add_special_tokens: bool = True,
 ) -> Rendered:
     """The text of an example and the spans that `train_on` selects; an example may come out with no span at all.
 
@@ -57,20 +61,26 @@ def render(
             after the last user turn, or the row's `completion`; "all" the whole text but a leading BOS. Of a
             prompt/completion row the prompt's turns are trained only by "all". Text rows are trained whole.
         chat_template: Jinja text used in place of the tokenizer's own.
+        append_eos: a text (and prompt and completion strings without a chat template) ends with the stop token.
+        add_special_tokens: it also gets what the tokenizer puts around every text, such as BOS.
 
     Raises: TemplateError (with `.reason`) where the template fails or cannot tell what to train; RowError where the
         row's own flags do.
     """
     if example.get("text") is not None:
-        return _render_text(example, tokenizer)
+        text = example["text"]
+        return _render_plain(text, 0, append_eos, add_special_tokens, tokenizer, place_of(example))
     prompt, completion = example.get("prompt"), example.get("completion")
     if isinstance(completion, str):
         if not (chat_template or tokenizer.chat_template):
-            return _render_strings(example, tokenizer, train_on)
+            begin = 0 if train_on == "all" else len(prompt)
+            text = prompt + completion
+            return _render_plain(text, begin, append_eos, add_special_tokens, tokenizer, place_of(example))
         prompt = [{"role": "user", "content": prompt}]
         completion = [{"role": "assistant", "content": completion}]
     messages = example["messages"] if completion is None else [*prompt, *completion]
-    chat = Chat.of(tokenizer, chat_template, example.get("tools"), place_of(example))
+    kwargs = example.get("chat_template_kwargs")
+    chat = Chat.of(tokenizer, chat_template, example.get("tools"), place_of(example), kwargs)
     return _render_chat(chat, messages, train_on, first=len(prompt) if completion is not None else None)
 
 
@@ -81,6 +91,7 @@ def render_prompt(
     tools: list[dict] | None = None,
     chat_template: str | None = None,
     where: str = "",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Rendered:
     """The conversation up to where its next answer begins, without spans: the text before that answer in training.
 
@@ -90,13 +101,14 @@ def render_prompt(
         tools: as the template writes them.
         chat_template: Jinja text used in place of the tokenizer's own.
         where: the place that errors begin with.
+        chat_template_kwargs: further variables of the template.
 
     Raises: as `render`.
     """
-    chat = Chat.of(tokenizer, chat_template, tools, where)
+    chat = Chat.of(tokenizer, chat_template, tools, where, chat_template_kwargs)
     plain = [for_template(message) for message in messages]
     hidden = _Hider(control_tokens(tokenizer))
-    masked = replace(chat, tools=hidden(chat.tools))
+    masked = replace(chat, tools=hidden(chat.tools), kwargs=hidden(chat.kwargs))
     masked_messages = hidden(plain)
     full = prompt_text(masked, masked_messages)
     _check_written(masked, masked_messages, {}, full)
@@ -143,18 +155,13 @@ def _is_system(message: "Message") -> bool:
     return message["role"] in ("system", "developer")
 
 
-def _render_text(example: "Example", tokenizer: "PreTrainedTokenizerBase") -> Rendered:
-    text, eos = example["text"], _eos(tokenizer, place_of(example))
-    text = text if text.endswith(eos) else text + eos
-    return Rendered(text, [Span(0, len(text))], add_bos=True)
-
-
-def _render_strings(example: "Example", tokenizer: "PreTrainedTokenizerBase", train_on: str) -> Rendered:
-    """Prompt and completion laid end to end, for base models that have no chat template."""
-    prompt, text = example["prompt"], example["prompt"] + example["completion"]
-    eos = _eos(tokenizer, place_of(example))
-    text = text if text.endswith(eos) else text + eos
-    return Rendered(text, [Span(0 if train_on == "all" else len(prompt), len(text))], add_bos=True)
+def _render_plain(
+    text: str, begin: int, append_eos: bool, add_special: bool, tokenizer: "PreTrainedTokenizerBase", where: str
+) -> Rendered:
+    """A text as it is, trained from `begin` on; prompt and completion of base models are one, laid end to end."""
+    if append_eos and not text.endswith(eos := _eos(tokenizer, where)):
+        text += eos
+    return Rendered(text, [Span(begin, len(text))], add_bos=add_special, add_suffix=add_special)
 
 
 def _eos(tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
@@ -175,7 +182,7 @@ def _render_chat(chat: Chat, messages: list["Message"], train_on: str, first: in
     # Structure is read off a rendering in which control tokens of the person's are replaced, so they cannot pass for
     # the template's own.
     hidden = _Hider(controls)
-    masked = replace(chat, tools=hidden(chat.tools))
+    masked = replace(chat, tools=hidden(chat.tools), kwargs=hidden(chat.kwargs))
     masked_messages = hidden(plain)
     full = masked.text(masked_messages)
     _check_written(masked, masked_messages, turns, full)

@@ -77,6 +77,8 @@ class Report:
         """Set by the caller when nothing more can be dropped; then `read == kept + num_dropped`."""
         self.notes: list[str] = []
         self.drops: list[Problem] = []
+        self.num_unlisted = 0
+        """Dropped rows beyond those in `drops`: of a stream, the first are listed."""
         self.changes: list[Problem] = []
         self.num_tokens = 0
         self.num_trained = 0
@@ -97,7 +99,7 @@ class Report:
     @property
     def num_dropped(self) -> int:
         """Rows that will not be trained on."""
-        return len(self.drops)
+        return len(self.drops) + self.num_unlisted
 
     def add_tokens(self, tokens: Iterable[Mapping[str, Sequence[int]]]) -> None:
         """Add the examples that are ready to train: their lengths, and how many of their tokens the loss covers."""
@@ -105,6 +107,20 @@ class Report:
             self.lengths.append(len(row["input_ids"]))
             self.num_tokens += len(row["input_ids"])
             self.num_trained += len(row["labels"]) - list(row["labels"]).count(IGNORE_INDEX)
+
+    def add(self, part: "Report", limit: int | None = None) -> None:
+        """Add what became of further rows; at most `limit` lengths, drops and changes are listed, all are counted."""
+        self.read += part.read
+        self.kept += part.kept
+        self.num_tokens += part.num_tokens
+        self.num_trained += part.num_trained
+        self.notes += part.notes
+        self.drops += part.drops
+        if limit is not None:
+            self.num_unlisted += len(self.drops[limit:])
+            del self.drops[limit:]
+        self.changes += part.changes[: None if limit is None else max(0, limit - len(self.changes))]
+        self.lengths += part.lengths[: None if limit is None else max(0, limit - len(self.lengths))]
 
     def check(self, max_drop_ratio: float) -> None:
         """Stop a run that would train on nothing, on next to nothing, or on too little of what was given.
@@ -156,7 +172,7 @@ class Report:
             "trained_share": round(self.num_trained / max(1, self.num_tokens), 4),
             "min": ordered[0],
             "median": ordered[len(ordered) // 2],
-            "mean": round(self.num_tokens / len(ordered), 1),
+            "mean": round(sum(ordered) / len(ordered), 1),
             "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
             "max": ordered[-1],
             "histogram": [bin._asdict() for bin in histogram(ordered)],

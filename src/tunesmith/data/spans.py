@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PROBE = "\ue001"  # an answer that no person gives
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_HEADERS: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer → template → header
+_HEADERS: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer → template and its variables → header
 
 
 class Span(NamedTuple):
@@ -87,9 +87,10 @@ def prompt_text(chat: Chat, messages: list[dict]) -> str:
     if not messages:  # nothing can be rendered before a first turn
         return chat.text([{"role": "assistant", "content": PROBE}]).partition(PROBE)[0]
     headers = _HEADERS.setdefault(chat.tokenizer, {})
-    if chat.template not in headers:
-        headers[chat.template] = _unprompted_header(replace(chat, tools=None))
-    return chat.text(messages, add_generation_prompt=True) + headers[chat.template]
+    key = (chat.template, repr(chat.kwargs))
+    if key not in headers:
+        headers[key] = _unprompted_header(replace(chat, tools=None))
+    return chat.text(messages, add_generation_prompt=True) + headers[key]
 
 
 def _unprompted_header(chat: Chat) -> str:

@@ -9,7 +9,7 @@ import copy
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 from weakref import WeakKeyDictionary
 
 from tunesmith.data import IGNORE_INDEX
@@ -58,7 +58,7 @@ def tokenize(
     Raises: RowError ("no-offsets", "no-clean-split", "control-token-in-content").
     """
     encoder = _encoder(tokenizer) if tokenizer.is_fast else None
-    bos = _bos(tokenizer)
+    prefix, suffix = added_tokens(tokenizer)
     straight = iter(encoder.encode_texts([row.text for row in rendered if not row.literal]) if encoder else ())
     results: list[Tokens] = []
     for index, row in enumerate(rendered):
@@ -73,7 +73,8 @@ def tokenize(
                     if on_change:
                         on_change(index, "split-at-boundary")
                 tokens = _label(encoded, row.spans)
-            results.append(_with_bos(tokens, bos) if row.add_bos else tokens)
+            tokens = _begun(tokens, prefix) if row.add_bos else tokens
+            results.append(_ended(tokens, suffix) if row.add_suffix else tokens)
         except RowError as error:
             if on_error is None:
                 raise
@@ -82,9 +83,13 @@ def tokenize(
     return results
 
 
-def truncate(tokens: Tokens, max_length: int) -> Tokens:
-    """The first `max_length` tokens. No stop token is added: a cut row must not teach the model to stop there."""
-    return {key: values[:max_length] for key, values in tokens.items()}
+def truncate(tokens: Tokens, max_length: int, side: Literal["right", "left"] = "right") -> Tokens:
+    """The first `max_length` tokens, or the last, cut on the `side`.
+
+    No stop token is added: a cut row must not teach the model to stop there. A cut on the left takes BOS, too.
+    """
+    kept = slice(max_length) if side == "right" else slice(-max_length, None)
+    return {key: values[kept] for key, values in tokens.items()}
 
 
 def _label(encoded: _Encoded, spans: Sequence[Span]) -> Tokens:
@@ -246,14 +251,26 @@ def _by_prefixes(row: Rendered, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
     return _label(_Encoded(ids, list(range(len(ids))), []), spans)
 
 
-def _bos(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The id that the tokenizer itself puts in front of a text, if it does."""
-    begin = tokenizer("", verbose=False)["input_ids"][:1]
-    return begin[0] if begin and begin[0] == tokenizer.bos_token_id else None
+def added_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer itself puts before and behind every text."""
+    bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    full = tokenizer("a", verbose=False)["input_ids"]
+    begin = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), None)
+    return ([], []) if begin is None else (full[:begin], full[begin + len(bare) :])
 
 
-def _with_bos(tokens: Tokens, bos: int | None) -> Tokens:
-    if bos is None or tokens["input_ids"][:1] == [bos]:
+def _begun(tokens: Tokens, prefix: list[int]) -> Tokens:
+    """The tokens behind `prefix`, which is not trained."""
+    if not prefix or tokens["input_ids"][: len(prefix)] == prefix:
         return tokens
-    front: Tokens = {"input_ids": [bos], "labels": [IGNORE_INDEX], "weights": [1.0]}
+    front: Tokens = {"input_ids": prefix, "labels": [IGNORE_INDEX] * len(prefix), "weights": [1.0] * len(prefix)}
     return {key: front[key] + values for key, values in tokens.items()}
+
+
+def _ended(tokens: Tokens, suffix: list[int]) -> Tokens:
+    """The tokens before `suffix`, which is trained as the end of the text."""
+    if not suffix or tokens["input_ids"][-len(suffix) :] == suffix:
+        return tokens
+    weight = tokens["weights"][-1:] if "weights" in tokens else [1.0]
+    back: Tokens = {"input_ids": suffix, "labels": suffix, "weights": weight * len(suffix)}
+    return {key: values + back[key] for key, values in tokens.items()}

@@ -1,0 +1,161 @@
+"""Several datasets → one, their rows interleaved by weights after a plan drawn from a seed."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import numpy as np
+
+from tunesmith.errors import ConfigError
+from tunesmith.lookup import did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+    Mixable = TypeVar("Mixable", Dataset, IterableDataset)
+
+Stop = Literal["first", "all"]
+DRAWS = 4096  # drawn at once
+
+
+def plan_mixture(
+    sizes: Sequence[int], weights: Sequence[float] | None = None, seed: int = 42, stop: Stop = "first"
+) -> np.ndarray:
+    """Which row of which dataset comes when: (N, 2) of dataset and row, every dataset in its own order.
+
+    Args:
+        sizes: rows of each dataset, at least one.
+        weights: how often each is drawn; they need not add up to 1, and 0 leaves a dataset out. `None`: the datasets
+            come one after another, whole.
+        seed: of the draws.
+        stop: "first" ends with the last row of whichever dataset ends first, so that no row comes twice; "all" with
+            that of whichever ends last, so that every row comes, and those of the others several times.
+
+    Raises: ConfigError for weights that cannot be drawn from.
+
+    >>> plan_mixture([2, 1]).tolist()
+    [[0, 0], [0, 1], [1, 0]]
+    """
+    sizes = np.asarray(sizes, dtype=np.int64)
+    if weights is None:
+        parts = np.repeat(np.arange(len(sizes)), sizes)
+        return np.stack([parts, np.concatenate([np.arange(size) for size in sizes])], axis=1)
+    shares = shares_of(weights, range(len(sizes)))
+    drawn, counts, ended = [], np.zeros(len(sizes), dtype=np.int64), None
+    source = draws(shares, seed)
+    while ended is None:
+        drawn.append(next(source))
+        counts += np.bincount(drawn[-1], minlength=len(sizes))
+        reached = (counts >= sizes)[shares > 0]
+        ended = reached if (reached.any() if stop == "first" else reached.all()) else None
+    parts = np.concatenate(drawn)
+    rows, lasts = np.zeros_like(parts), []
+    for part in np.flatnonzero(shares):
+        places = np.flatnonzero(parts == part)
+        rows[places] = np.arange(len(places)) % sizes[part]
+        lasts += [places[sizes[part] - 1]] if len(places) >= sizes[part] else []
+    end = 1 + (min(lasts) if stop == "first" else max(lasts))
+    return np.stack([parts[:end], rows[:end]], axis=1)
+
+
+def draws(shares: np.ndarray, *seed: int) -> Iterator[np.ndarray]:
+    """Indices drawn by their shares, for ever, in arrays."""
+    generator = np.random.default_rng(seed)
+    while True:
+        yield generator.choice(len(shares), size=DRAWS, p=shares)
+
+
+def shares_of(weights: Mapping | Sequence[float], names: Sequence) -> np.ndarray:
+    """Weights in the order of `names`, adding up to 1.
+
+    Raises: ConfigError for a weight too many or too few, or one that is no number from 0 on.
+    """
+    if isinstance(weights, Mapping):
+        for name in weights:
+            if name not in names:
+                hint = did_you_mean(str(name), map(str, names))
+                raise ConfigError(f"weights: there is no dataset '{name}'.{hint} There are {_named(names)}.")
+        if missing := [name for name in names if name not in weights]:
+            raise ConfigError(f"weights: none is given for {_named(missing)}. Give 0 to leave a dataset out.")
+        weights = [weights[name] for name in names]
+    if len(weights) != len(names):
+        raise ConfigError(f"weights: {len(weights)} for {len(names)} datasets. Give one for each.")
+    for weight, name in zip(weights, names):
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ConfigError(f"weights: {weight!r} for dataset {name}; expected a number from 0 on.")
+    if not sum(weights):
+        raise ConfigError("weights: all are 0, so nothing would be drawn. Give one dataset a weight above 0.")
+    return np.asarray(weights, dtype=np.float64) / sum(weights)
+
+
+def mix_datasets(
+    parts: "Mapping[str, Mixable] | Sequence[Mixable]",
+    weights: Mapping[str, float] | Sequence[float] | None = None,
+    *,
+    seed: int = 42,
+    stop: Stop = "first",
+) -> "Mixable":
+    """One dataset of the rows of several that have the same columns.
+
+    For datasets in different formats, give the trainer a dict of them as `train_dataset` and the weights as
+    `dataset_kwargs={"mixture_weights": {...}}`: each is then rendered and tokenized by itself.
+
+    Args:
+        parts: all `datasets.Dataset` or all `datasets.IterableDataset`, by name or in a list.
+        weights, seed, stop: as in `plan_mixture`; by name if `parts` are. Streams are interleaved by
+            `datasets.interleave_datasets`, which draws other numbers from the same seed.
+
+    Returns: a dataset with the columns of the parts; no column says where a row came from.
+    Raises: ConfigError for no parts, other columns, or weights that do not fit.
+    """
+    import datasets
+
+    names = list(parts) if isinstance(parts, Mapping) else list(range(len(parts)))
+    found = list(parts.values()) if isinstance(parts, Mapping) else list(parts)
+    kinds = {type(part) for part in found}
+    streamed = all(isinstance(part, datasets.IterableDataset) for part in found)
+    if not found or not (streamed or all(isinstance(part, datasets.Dataset) for part in found)):
+        what = ", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
+        raise ConfigError(f"mix_datasets: expected datasets.Dataset, or datasets.IterableDataset for all; got {what}.")
+    _check_columns(found, names)
+    shares = None if weights is None else shares_of(weights, names)
+    if streamed:
+        return _interleaved(found, shares, seed, stop)
+    sizes = [len(part) for part in found]
+    for name, size in zip(names, sizes):
+        if not size:
+            raise ConfigError(f"mix_datasets: dataset {name} has no rows. Leave it out.")
+    plan = plan_mixture(sizes, shares, seed, stop)
+    begins = np.cumsum(sizes) - sizes
+    whole = datasets.concatenate_datasets(found)
+    return whole if shares is None else whole.select(begins[plan[:, 0]] + plan[:, 1])
+
+
+def _interleaved(
+    parts: "list[IterableDataset]", shares: np.ndarray | None, seed: int, stop: Stop
+) -> "IterableDataset":
+    import datasets
+
+    if shares is None:
+        return datasets.concatenate_datasets(parts)
+    drawn = [index for index, share in enumerate(shares) if share > 0]
+    return datasets.interleave_datasets(
+        [parts[index] for index in drawn],
+        probabilities=[float(shares[index]) for index in drawn],
+        seed=seed,
+        stopping_strategy="first_exhausted" if stop == "first" else "all_exhausted",
+    )
+
+
+def _check_columns(parts: "Sequence[Mixable]", names: Sequence) -> None:
+    for part, name in zip(parts, names):
+        theirs, ours = part.column_names, parts[0].column_names
+        if theirs is not None and ours is not None and set(theirs) != set(ours):
+            raise ConfigError(
+                f"mix_datasets: dataset {names[0]} has the columns {_named(ours)}, but {name} has {_named(theirs)}. "
+                "Rename or remove columns, or give the trainer a dict of datasets as train_dataset."
+            )
+
+
+def _named(names: Sequence) -> str:
+    return ", ".join(map(str, names)) or "none"

@@ -1,0 +1,235 @@
+"""Whatever a person gives as a dataset becomes token rows: tokenized, labelled, mixed, packed, and reported on."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import datasets
+import numpy as np
+from torch.utils.data import Dataset, IterableDataset
+
+from tunesmith.data.encode import encode_batches
+from tunesmith.data.mix import plan_mixture, shares_of
+from tunesmith.data.normalize import Example, fingerprint
+from tunesmith.data.pack import TOKEN_COLUMNS, pack
+from tunesmith.data.prepare import TOKEN_TYPES, as_dataset, batched, joined, note_duplicates
+from tunesmith.data.report import Report
+from tunesmith.errors import ConfigError
+from tunesmith.train.reading import Preparation, Reader, check_report, numbered, values_of
+from tunesmith.train.ready import masks_in, ready, refitted
+from tunesmith.train.streaming import (
+    MixedStream,
+    PackedStream,
+    Stream,
+    TokenStream,
+    documents_of,
+    warn_of_function,
+)
+
+TokenRows = datasets.Dataset | Stream
+
+
+def prepared(name: str, dataset: Any, how: Preparation, report: Report) -> Any:
+    """The dataset as token rows, ready for a collator.
+
+    Args:
+        name: what errors call it, such as `train_dataset`.
+        dataset: a `datasets.Dataset`, a list of dicts or a torch `Dataset` of them, or a stream of them
+            (`datasets.IterableDataset`, torch `IterableDataset`). Rows with `input_ids` are taken as they are, and
+            packed only if `how.packing`.
+        how: the options; with `how.skip` the dataset itself comes back.
+        report: what became of each row; for a stream it is filled while rows are read.
+
+    Returns: a `datasets.Dataset` (a torch `Dataset` of finished rows as it is), or a torch `IterableDataset`.
+    Raises: ConfigError for something that is no dataset, DataError for rows that cannot be used or if none is left.
+    """
+    if how.skip:
+        _check_labelled(name, dataset, how)
+        return dataset
+    _check_kind(name, dataset)
+    if yields_tokens(dataset):
+        return dataset
+    documents = _documents(name, dataset, how, report)
+    return packed(documents, how) if how.packing else _shuffled(documents, how)
+
+
+def prepared_mixture(name: str, parts: Mapping[str, Any], how: Preparation, reports: dict[str, Report]) -> TokenRows:
+    """Several datasets, each in its own format, as one: token rows interleaved by `how.mixture_weights`, then packed.
+
+    Args:
+        parts: by name; as in `prepared`. With a stream among them the mixture is a stream.
+        reports: gets the report of each part, as `name[part]`.
+
+    Raises: as `prepared`, and ConfigError for weights that do not fit the parts.
+    """
+    if how.skip:
+        raise ConfigError(f"{name}: skip_prepare_dataset leaves nothing to mix. Give one dataset, see mix_datasets.")
+    names = list(parts)
+    shares = None if how.mixture_weights is None else shares_of(how.mixture_weights, names)
+    if how.mixture_stop not in ("first", "all"):
+        raise ConfigError(f"dataset_kwargs: mixture_stop is 'first' or 'all', not {how.mixture_stop!r}.")
+    found = []
+    for key, part in parts.items():
+        label = f"{name}[{key}]"
+        _check_kind(label, part)
+        reports[label] = Report()
+        found.append(_documents(label, part, how.of_part(), reports[label]))
+    mixture = _mixed(name, found, shares, how)
+    return packed(mixture, how) if how.packing else _shuffled(mixture, how)
+
+
+def packed(documents: TokenRows, how: Preparation) -> TokenRows:
+    """Documents joined into rows of at most `how.max_length` tokens; rows that are packed already stay as they are."""
+    if isinstance(documents, Stream):
+        return PackedStream(documents, how)
+    if "seq_lengths" in documents.column_names:
+        return documents
+    return pack(_shuffled(documents, how), how.max_length, how.packing_strategy)
+
+
+def yields_tokens(dataset: Any) -> bool:
+    """Whether a torch stream says that its rows are finished (`ConstantLengthDataset` does)."""
+    return isinstance(dataset, IterableDataset) and getattr(dataset, "yields_tokens", False)
+
+
+def _check_kind(name: str, dataset: Any) -> None:
+    """Refuse what is no dataset with what to do about it."""
+    if isinstance(dataset, Mapping):
+        keys = ", ".join(map(str, list(dataset)[:6]))
+        first = next(iter(dataset), "train")
+        raise ConfigError(f"{name} is a dict of datasets ({keys}). Pick a split: dataset[{first!r}].")
+    if isinstance(dataset, datasets.Dataset | Dataset | list | tuple):  # torch streams are torch Datasets, too
+        return
+    if isinstance(dataset, datasets.IterableDataset):
+        return
+    hint = "Load it first: datasets.load_dataset(...)." if isinstance(dataset, str) else ""
+    if type(dataset).__name__ == "DataFrame":
+        hint = "Convert it: datasets.Dataset.from_pandas(...)."
+    raise ConfigError(
+        f"{name} is a {type(dataset).__name__}; expected a datasets.Dataset or IterableDataset, a torch Dataset, or a "
+        f"list of dicts. {hint}".rstrip()
+    )
+
+
+def _check_labelled(name: str, dataset: Any, how: Preparation) -> None:
+    """Refuse masks that nobody would read."""
+    columns = getattr(dataset, "column_names", None) or ()
+    masks = masks_in(columns, how.train_on) if isinstance(columns, list) and not how.own_collator else []
+    if masks and "labels" not in columns:
+        raise ConfigError(
+            f"{name} has {', '.join(masks)} but no labels, and skip_prepare_dataset leaves it as it is, so every "
+            "token would be trained. Add a labels column (-100 where the loss does not count), or prepare the dataset."
+        )
+
+
+def _shuffled(documents: Any, how: Preparation) -> Any:
+    return documents.shuffle(seed=how.seed) if how.shuffle and isinstance(documents, datasets.Dataset) else documents
+
+
+def _documents(name: str, dataset: Any, how: Preparation, report: Report) -> Any:
+    """Token rows, one document each, whatever the dataset is."""
+    if isinstance(dataset, IterableDataset | datasets.IterableDataset):
+        columns = getattr(dataset, "column_names", None) or ()
+        _warn_of_columns(name, columns, how)
+        warn_of_function(name, columns, how)
+        function = None if "input_ids" in columns else how.formatting_func
+        how = replace(how, keep_columns=how.keep_columns and not how.packing, formatting_func=function)
+        return TokenStream(name, dataset, how, report)
+    columns = columns_of(dataset)
+    _warn_of_columns(name, columns, how)
+    warn_of_function(name, columns, how)
+    if "input_ids" in columns:
+        return ready(name, dataset, columns, how, report)
+    return _encoded(name, dataset, how, report)
+
+
+def columns_of(dataset: Any) -> list[str]:
+    """The columns of the first row, which is as the person's format or transform makes it."""
+    first = dataset[0] if len(dataset) else None
+    return list(first) if isinstance(first, Mapping) else list(getattr(dataset, "column_names", None) or ())
+
+
+def _warn_of_columns(name: str, columns: Iterable[str], how: Preparation) -> None:
+    """Say aloud that kept columns are not for the trainer's own collators."""
+    extra = [column for column in columns if column not in ("input_ids", "labels", "attention_mask")]
+    if how.keep_columns and extra and not how.packing:
+        warnings.warn(
+            f"remove_unused_columns=False keeps the columns {', '.join(map(str, extra))} of {name} beside the tokens. "
+            "The trainer's own collators leave them out of the batch; a data_collator of yours may read them.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+# Rows to be rendered -----------------------------------------------------------------------------------------------
+
+
+def _encoded(name: str, dataset: Any, how: Preparation, report: Report) -> datasets.Dataset:
+    """Rows rendered and tokenized, batch by batch."""
+    reader, seen, numbers, parts = Reader(how), set(), [], []
+    rows = numbered(name, values_of(dataset), from_table=isinstance(dataset, datasets.Dataset))
+    num_examples = 0
+
+    def examples() -> Iterator[list[Example]]:
+        nonlocal num_examples
+        for batch in batched(rows, how.batch_size):
+            report.read += len(batch)
+            found = reader(batch, report)
+            seen.update(map(fingerprint, found))
+            num_examples += len(found)
+            yield found
+
+    for batch, encoded in encode_batches(examples(), how.tokenizer, how.encoding, report, how.num_proc):
+        parts.append(as_dataset([tokens for _, tokens in encoded]))
+        numbers += [batch[index]["line"] for index, _ in encoded]
+    note_duplicates(report, num_examples - len(seen), num_examples)
+    check_report(report, how.packing)
+    tokens = joined(parts)
+    if how.own_collator and not how.packing:
+        tokens = _for_own_collator(tokens, reader)
+    return _beside(tokens, dataset, numbers) if how.keep_columns and not how.packing else tokens
+
+
+def _for_own_collator(tokens: datasets.Dataset, reader: Reader) -> datasets.Dataset:
+    """As `streaming.for_own_collator`, for all rows."""
+    ones = [[1] * len(ids) for ids in tokens["input_ids"]]
+    tokens = tokens.remove_columns("labels") if reader.trains_all else tokens
+    return tokens.add_column("attention_mask", ones, feature=datasets.List(datasets.Value("int8")))
+
+
+def _beside(tokens: datasets.Dataset, dataset: Any, numbers: list[int]) -> datasets.Dataset:
+    """The token rows with the columns of the rows that they were made of."""
+    table = dataset if isinstance(dataset, datasets.Dataset) else datasets.Dataset.from_list(list(values_of(dataset)))
+    table = table.with_format(None).select([number - 1 for number in numbers])
+    table = table.remove_columns([name for name in table.column_names if name in tokens.column_names])
+    return datasets.concatenate_datasets([tokens, table], axis=1) if table.column_names else tokens
+
+
+# Mixtures ----------------------------------------------------------------------------------------------------------
+
+
+def _mixed(name: str, parts: list[Any], shares: np.ndarray | None, how: Preparation) -> TokenRows:
+    """Token rows of all parts, by their shares."""
+    if any(isinstance(part, IterableDataset) for part in parts):
+        streams = [
+            part if isinstance(part, Stream) else TokenStream(name, part, how.of_part(), Report()) for part in parts
+        ]
+        return MixedStream(streams, shares, how.seed, how.mixture_stop)
+    tables = [_plain_rows(name, part, how) for part in parts]
+    sizes = [len(table) for table in tables]
+    whole = joined(tables)
+    if shares is None:
+        return whole
+    plan = plan_mixture(sizes, shares, how.seed, how.mixture_stop)
+    return whole.select((np.cumsum(sizes) - sizes)[plan[:, 0]] + plan[:, 1])
+
+
+def _plain_rows(name: str, part: Any, how: Preparation) -> datasets.Dataset:
+    """Token rows with no column that other parts lack; rows that came packed are documents again."""
+    table = part if isinstance(part, datasets.Dataset) else refitted(name, part, how.of_part(), Report())
+    if "seq_lengths" in table.column_names:
+        return as_dataset([document for row in table for document in documents_of(row)])
+    table = table.select_columns([column for column in TOKEN_COLUMNS if column in table.column_names])
+    types = datasets.Features({column: TOKEN_TYPES[column] for column in table.column_names})
+    return table if table.features == types else table.cast(types)

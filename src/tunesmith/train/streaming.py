@@ -1,0 +1,298 @@
+"""A stream of rows becomes a stream of token rows, packed if asked; no more of it is held than one buffer.
+
+source ─ TokenStream ─► documents ─ MixedStream ─► documents of several sources ─ PackedStream ─► packed rows
+"""
+
+import logging
+import random
+import types
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from typing import Any
+
+import datasets
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from tunesmith.data.encode import encode_batch
+from tunesmith.data.mix import draws
+from tunesmith.data.pack import TOKEN_COLUMNS, pack
+from tunesmith.data.prepare import as_dataset
+from tunesmith.data.report import Problem, Report
+from tunesmith.data.rows import Row
+from tunesmith.data.tokenize import Tokens
+from tunesmith.train.reading import Preparation, Reader, check_report, numbered
+from tunesmith.train.ready import fitted, token_row
+
+logger = logging.getLogger(__name__)
+
+FIRST_ROWS = 8  # of the first batch; the next are each twice as large, so that the first step need not wait
+FIRST_SEQUENCES = 16  # packed rows of the first buffer, likewise
+SHUFFLED_ROWS = 1000  # held to draw the next from
+LISTED = 1000  # dropped rows that the report of a stream names
+
+
+class Stream(IterableDataset):
+    """Rows that are made while they are read, in the same order for the same epoch.
+
+    With `infinite`, it begins again at its end, as the next epoch.
+    """
+
+    def __init__(self):
+        self.infinite = False
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """What the next pass draws its order from; the source hears of it if it wants to."""
+        self.epoch = epoch
+
+    def one_pass(self, epoch: int) -> Iterator[dict[str, Any]]:
+        """The rows from first to last."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        epoch = self.epoch
+        while True:
+            num_rows = 0
+            for row in self.one_pass(epoch):
+                num_rows += 1
+                yield row
+            if not self.infinite or not num_rows:
+                return
+            epoch += 1
+
+
+class TokenStream(Stream):
+    """Rows of a stream as documents of tokens: each read once, by one worker, and counted in the report.
+
+    Args:
+        name: what errors call the stream.
+        source: iterable of rows: to be rendered and tokenized, or with `input_ids`, which are taken as they are.
+        how: the options.
+        report: counts rows as they are read, over all epochs; in a worker of a DataLoader its own copy does, and
+            what it drops is logged there.
+    """
+
+    def __init__(self, name: str, source: Iterable[Mapping[str, Any]], how: Preparation, report: Report):
+        super().__init__()
+        self.name, self.source, self.how, self.report = name, source, how, report
+        self._said: set[str] = set()
+
+    def one_pass(self, epoch: int) -> Iterator[dict[str, Any]]:
+        """The documents; DataError if there is none at all."""
+        if hasattr(self.source, "set_epoch"):
+            self.source.set_epoch(epoch)
+        rows = rows_of_worker(self.name, self.source)
+        if self.how.shuffle:
+            rows = shuffled(rows, random.Random(f"{self.how.seed} {epoch}"))
+        first = next(rows, None)
+        if first is not None:
+            rows = chain([first], rows)
+            warn_of_function(self.name, first.value, self.how)
+            yield from self._ready(rows) if "input_ids" in first.value else self._encoded(rows)
+        if get_worker_info() is None and not self.report.kept:  # the share of one of several workers may be empty
+            check_report(self.report, self.how.packing)
+
+    def _encoded(self, rows: Iterator[Row]) -> Iterator[dict[str, Any]]:
+        reader = Reader(self.how)
+        characters = int(self.how.max_length * self.how.chars_per_token * self.how.num_of_sequences)
+        for batch in growing_batches(rows, self.how.batch_size, characters):
+            part = Report()
+            part.read = len(batch)
+            sources = {row.line: row.value for row in batch}
+            examples = reader(batch, part)
+            found = encode_batch(examples, self.how.tokenizer, self.how.encoding, part)
+            self._count(part)
+            for index, tokens in found:
+                kept = sources[examples[index]["line"]] if self.how.keep_columns else {}
+                yield {**kept, **(for_own_collator(tokens, reader) if self.how.own_collator else tokens)}
+
+    def _ready(self, rows: Iterator[Row]) -> Iterator[dict[str, Any]]:
+        """Rows with `input_ids`: as they are, but for labels; under packing, fitted into a row."""
+        for row in rows:
+            part = Report()
+            part.read = 1
+            if self.how.own_collator and not self.how.packing:
+                part.kept = 1
+                self._count(part)
+                yield row.value
+                continue
+            tokens = fitted(token_row(row, self.how.train_on), row, self.how, part)
+            if tokens is not None:
+                part.kept = 1
+                part.add_tokens([tokens])
+                yield {**row.value, **tokens} if self.how.keep_columns else tokens
+            self._count(part)
+
+    def _count(self, part: Report) -> None:
+        for problem in part.drops:
+            self._say(problem)
+        self.report.add(part, limit=LISTED)
+
+    def _say(self, problem: Problem) -> None:
+        """Log the first row that is dropped for a reason: nobody reads the report of an endless stream."""
+        if problem.reason not in self._said:
+            self._said.add(problem.reason)
+            where = f"{problem.source} row {problem.line}"
+            logger.warning("%s is dropped (%s: %s); further rows are counted", where, problem.reason, problem.detail)
+
+
+def warn_of_function(name: str, columns: Iterable[str], how: Preparation) -> None:
+    """Say aloud that rows with `input_ids` need no formatting function."""
+    if how.formatting_func is not None and "input_ids" in columns:
+        warnings.warn(
+            f"{name} has input_ids, so it is not tokenized and formatting_func is not used. Remove the column, or "
+            "leave formatting_func out.",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
+def for_own_collator(tokens: Tokens, reader: Reader) -> dict[str, Any]:
+    """A row for a collator of the person's, which may pad `input_ids` and `attention_mask` and know nothing else.
+
+    Labels are left out where they are the ids, as TRL v0.13 did; collators that make labels themselves trip on them.
+    """
+    row = {name: tokens[name] for name in ("input_ids",) if reader.trains_all} or dict(tokens)
+    return row | {"attention_mask": [1] * len(tokens["input_ids"])}
+
+
+# Reading -----------------------------------------------------------------------------------------------------------
+
+
+def rows_of_worker(name: str, source: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+    """The rows that this process reads: all, or in a DataLoader's worker its share."""
+    from_table = isinstance(source, datasets.IterableDataset | datasets.Dataset)
+    worker = get_worker_info()
+    if worker is None:
+        return numbered(name, source, from_table)
+    if splits_itself(source):
+        return numbered(f"{name} (worker {worker.id})", source, from_table)
+    return islice(numbered(name, source, from_table), worker.id, None, worker.num_workers)
+
+
+def splits_itself(source: Any) -> bool:
+    """Whether a stream gives each worker its share: those of `datasets` do, and classes that ask who the worker is."""
+    if isinstance(source, datasets.IterableDataset):
+        return True
+    functions = [item for cls in type(source).__mro__ for item in vars(cls).values()]
+    codes = [item.__code__ for item in functions if isinstance(item, types.FunctionType)]
+    return any("get_worker_info" in code.co_names for code in codes)
+
+
+def growing_batches(rows: Iterator[Row], most: int | None, characters: int) -> Iterator[list[Row]]:
+    """Batches of 8, 16, 32, ... rows up to `most`, each ended early at so many characters; `None` or 0: no limit."""
+    size, batch, num_characters = FIRST_ROWS, [], 0
+    limit = most if most and most > 0 else 1 << 62
+    for row in rows:
+        batch.append(row)
+        num_characters += count_characters(row.value)
+        if len(batch) >= min(size, limit) or num_characters >= characters:
+            yield batch
+            size, batch, num_characters = 2 * size, [], 0
+    if batch:
+        yield batch
+
+
+def count_characters(value: Any) -> int:
+    """Characters of all texts in a row."""
+    if isinstance(value, str):
+        return len(value)
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return sum(map(count_characters, items))
+
+
+def shuffled(rows: Iterator[Row], generator: random.Random) -> Iterator[Row]:
+    """Rows in an order drawn from those held; each comes once."""
+    held = list(islice(rows, SHUFFLED_ROWS))
+    for row in rows:
+        index = generator.randrange(len(held))
+        yield held[index]
+        held[index] = row
+    generator.shuffle(held)
+    yield from held
+
+
+# Mixing and packing ------------------------------------------------------------------------------------------------
+
+
+class MixedStream(Stream):
+    """Several streams as one, drawn by weights as `data.mix.plan_mixture` says; without weights one after another."""
+
+    def __init__(self, parts: Sequence[Stream], shares: np.ndarray | None, seed: int, stop: str):
+        super().__init__()
+        self.parts, self.shares, self.seed, self.stop = parts, shares, seed, stop
+
+    def one_pass(self, epoch: int) -> Iterator[dict[str, Any]]:
+        """Rows of the parts until the first, or the last of them ends; parts that ended begin again until then."""
+        if self.shares is None:
+            for part in self.parts:
+                yield from part.one_pass(epoch)
+            return
+        waiting: dict[int, Iterator] = {}
+        for index in np.flatnonzero(self.shares).tolist():
+            rows = self.parts[index].one_pass(epoch)
+            first = next(rows, None)
+            if first is not None:  # a worker's share of a part may be empty
+                waiting[index] = chain([first], rows)
+        ahead = {index: next(rows) for index, rows in waiting.items()}
+        ended: set[int] = set()
+        for index in chain.from_iterable(array.tolist() for array in draws(self.shares, self.seed, epoch)):
+            if not ahead:
+                return
+            if index not in ahead:
+                continue
+            yield ahead[index]
+            ahead[index] = next(waiting[index], None)
+            if ahead[index] is None:
+                ended.add(index)
+                if self.stop == "first" or len(ended) == len(ahead):
+                    return
+                waiting[index] = self.parts[index].one_pass(epoch)
+                ahead[index] = next(waiting[index])
+
+
+class PackedStream(Stream):
+    """Documents of a stream packed into rows of `max_length` tokens, a buffer of `num_of_sequences` rows at a time.
+
+    Rows of a buffer come in an order drawn from seed, epoch and the buffer's number, since packing sorts them by
+    length. The emptiest row of a buffer waits for the next, so that only the last is not full.
+    """
+
+    def __init__(self, source: Stream, how: Preparation):
+        super().__init__()
+        self.source, self.how = source, how
+
+    def one_pass(self, epoch: int) -> Iterator[dict[str, Any]]:
+        """The packed rows; every document is in one of them (or, if it was too long, its pieces are)."""
+        size, number, held, num_tokens = min(FIRST_SEQUENCES, self.how.num_of_sequences), 0, [], 0
+        for document in self.source.one_pass(epoch):
+            held += documents_of(document) if "seq_lengths" in document else [document]
+            num_tokens += len(document["input_ids"])
+            if num_tokens >= size * self.how.max_length:
+                rows, held = self._packed(held, is_last=False)
+                yield from self._drawn(rows, epoch, number)
+                size, number = min(2 * size, self.how.num_of_sequences), number + 1
+                num_tokens = sum(len(document["input_ids"]) for document in held)
+        if held:
+            yield from self._drawn(self._packed(held, is_last=True)[0], epoch, number)
+
+    def _packed(self, documents: list[Tokens], is_last: bool) -> tuple[list[dict[str, Any]], list[Tokens]]:
+        """Packed rows, and the documents that wait for the next buffer."""
+        rows = list(pack(as_dataset(documents), self.how.max_length, self.how.packing_strategy))
+        emptiest = min(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+        if is_last or len(rows) == 1 or len(rows[emptiest]["input_ids"]) == self.how.max_length:
+            return rows, []
+        return rows, documents_of(rows.pop(emptiest))
+
+    def _drawn(self, rows: list[dict[str, Any]], epoch: int, number: int) -> list[dict[str, Any]]:
+        random.Random(f"{self.how.seed} {epoch} {number}").shuffle(rows)
+        return rows
+
+
+def documents_of(row: Mapping[str, Any]) -> list[Tokens]:
+    """The documents that a packed row holds."""
+    ends = np.cumsum(row["seq_lengths"]).tolist()
+    names = [name for name in TOKEN_COLUMNS if name in row]
+    return [{name: row[name][begin:end] for name in names} for begin, end in zip([0, *ends], ends)]
