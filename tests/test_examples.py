@@ -118,10 +118,9 @@ def assert_learned(trainer, start: Path | None = None, steps: int | None = None)
 
 
 def labelled(trainer, row: int = 0) -> str:
-    """The trained text of one row of the first batch."""
-    labels = next(iter(trainer.get_train_dataloader()))["labels"]
-    trained = labels[row if labels.shape[0] > 1 else 0]
-    return trainer.processing_class.decode(trained[trained != -100])
+    """The trained text of one row."""
+    labels = trainer.train_dataset[row]["labels"]
+    return trainer.processing_class.decode([label for label in labels if label != -100])
 
 
 # ---------------------------------------------------------------------------------------------------- the folder

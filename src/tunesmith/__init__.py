@@ -21,6 +21,7 @@ _HOME = {
     "get_quantization_config": "model.utility",
     "get_peft_config": "model.utility",
     "get_kbit_device_map": "model.utility",
+    "mix_datasets": "data.mix",
     "load_recipe": "recipe",
     "run": "workflow",
     "TunesmithError": "errors",

@@ -360,12 +360,6 @@ def test_the_seed_decides_an_adapters_first_weights(make_tiny_model, byte_tokeni
     assert not torch.equal(first_weights(1), first_weights(2))
 
 
-def test_streamed_datasets_are_refused_before_they_are_read(make_tiny_model, byte_tokenizer, tmp_path):
-    streamed = datasets.Dataset.from_list([{"text": "a"}]).to_iterable_dataset()
-    with pytest.raises(ConfigError, match="train_dataset: streamed datasets are not supported yet"):
-        make_trainer(make_tiny_model(), byte_tokenizer, streamed, tmp_path)
-
-
 def test_several_gpus_in_one_process_are_not_used_by_splitting_batches(make_tiny_model, monkeypatch, tmp_path):
     from tunesmith.train.choose import settled
 

@@ -125,7 +125,10 @@ def fit(
         return fitted
     del report.changes[before:]  # it was cut, and then nothing was left of it to train
     cut = len(fitted["input_ids"]) < len(tokens["input_ids"])
-    report.dropped("no-trained-token", example, "what would be trained lies beyond max_length" if cut else "")
+    why = "what would be trained lies beyond max_length" if cut else ""
+    if how.label_with is not None:
+        why = "the collator's template does not occur in it" + (", or was cut off" if cut else "")
+    report.dropped("no-trained-token", example, why)
     return None
 
 

@@ -145,6 +145,25 @@ def as_list(values: Any, column: str) -> list:
     return numbers.tolist()
 
 
+class LabelsForReport:
+    """Labels for rows whose drops are reported one by one: a missing template warns at the first row only."""
+
+    def __init__(self, collator: "DataCollatorForCompletionOnlyLM"):
+        self.collator, self.warned = collator, False
+
+    def __call__(self, ids: list[int]) -> list[int]:
+        """Labels of one document; all masked where its template is missing."""
+        try:
+            return self.collator.labels_for(ids)
+        except TemplateNotFound as missing:
+            if self.collator.on_missing_template == "error":
+                raise
+            if self.collator.on_missing_template == "warn" and not self.warned:
+                self.warned = True
+                warnings.warn(missing.as_warning, UserWarning, stacklevel=2)
+            return [IGNORE_INDEX] * len(ids)
+
+
 class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
     """Pad rows to one length, with labels at the answers only. TRL had this class until 0.19.
 
@@ -224,10 +243,11 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         mask = given.setdefault("attention_mask", [1] * len(given["input_ids"]))
         ids = [one for one, is_real in zip(given["input_ids"], mask) if is_real]
         edges = accumulate(given.get("seq_lengths", [len(ids)]), initial=0)
-        labels = [label for start, stop in pairwise(edges) for label in self._labels_or_masked(ids[start:stop])]
+        labels = [label for start, stop in pairwise(edges) for label in self.labels_or_masked(ids[start:stop])]
         return {**given, "input_ids": ids, "labels": labels}
 
-    def _labels_or_masked(self, ids: list[int]) -> list[int]:
+    def labels_or_masked(self, ids: list[int]) -> list[int]:
+        """As `labels_for`, but a missing template is an error, a warning or nothing, as `on_missing_template` says."""
         try:
             return self.labels_for(ids)
         except TemplateNotFound as missing:

@@ -60,6 +60,8 @@ class ConstantLengthDataset(IterableDataset):
     steps of an epoch by it goes on to the next epoch too early where samples are long. Set max_steps.
     """
 
+    yields_tokens = True
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,

@@ -81,8 +81,7 @@ class EvaluatingTrainer(TokenTrainer):
         """The sums over all batches, with all logits too where somebody asked for them; one forward either way."""
         self._sums = self._no_sums()
         if prediction_loss_only if prediction_loss_only is not None else self.args.prediction_loss_only:
-            self._sum(dataloader)
-            output = EvalLoopOutput(None, None, {}, num_samples=self.num_examples(dataloader))
+            output = EvalLoopOutput(None, None, {}, num_samples=self._sum(dataloader))
         else:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -98,19 +97,23 @@ class EvaluatingTrainer(TokenTrainer):
         exact = torch.float32 if self.args.device.type == "mps" else torch.float64  # mps has no float64
         return torch.zeros(5, dtype=exact, device=self.args.device)
 
-    def _sum(self, dataloader: DataLoader) -> None:
-        """Run all batches; nothing waits for the device."""
+    def _sum(self, dataloader: DataLoader) -> int:
+        """Run all batches, and count rows; nothing waits for the device."""
         model = self.model_wrapped
         if not self.is_in_train and not self.accelerator._models:
             model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
+        batches = 0
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self._attention(inputs), self.compute_loss_context_manager():
                 found, _ = self._token_loss(model, inputs, metrics=True)
             self._add(found, inputs)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            batches += 1
+        rows = dataloader.dataset
+        return len(rows) if hasattr(rows, "__len__") else batches * self.args.eval_batch_size
 
     def _add(self, found: Any, inputs: dict[str, Any]) -> None:
         count = loss_request(inputs).targets.numel()

@@ -28,6 +28,8 @@ DATASET_KWARGS: dict[str, Any] = {
     "format": str | None,
     "columns": dict | None,
     "system_prompt": str | None,
+    "mixture_weights": dict | list | None,
+    "mixture_stop": typing.Literal["first", "all"],
 }
 MAPPINGS = ("model_init_kwargs", "dataset_kwargs", "prepare_in_int8_kwargs")
 SECRETS = ("hub_token", "push_to_hub_token")
@@ -97,7 +99,7 @@ class SFTConfig(LegacyFields, TrainingFields, Seq2SeqTrainingArguments):
     """Run Python code that comes with a model given by name. On the command line it is `ModelConfig`'s flag."""
     dataset_kwargs: dict[str, Any] | str | None = None
     """How rows are read: skip_prepare_dataset, add_special_tokens, append_concat_token, on_bad_row, format, columns,
-    system_prompt."""
+    system_prompt; and how a dict of training sets is mixed: mixture_weights, mixture_stop."""
     num_of_sequences: Annotated[int, Ge(1)] = 1024
     """Packed rows that a streamed data set is read ahead for."""
     chars_per_token: Annotated[float, Gt(0)] = 3.6

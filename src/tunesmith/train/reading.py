@@ -47,7 +47,7 @@ class Preparation:
     seed: int = 42
     formatting_func: Callable | None = None
     label_with: Callable[[list[int]], list[int]] | None = None
-    """Ids of a document → its labels, in place of `train_on`: a completion-only collator's, under packing."""
+    """Ids of a document → its labels, in place of `train_on`: a completion-only collator's."""
     own_collator: bool = False
     """The person's collator makes the batches: rows then have `attention_mask`, and no labels if all is trained."""
     keep_columns: bool = False
@@ -109,7 +109,7 @@ def preparation_of(
         shuffle=args.shuffle_dataset and not evaluation,
         seed=args.seed if args.data_seed is None else args.data_seed,
         formatting_func=formatting_func,
-        label_with=label_with if packing else None,
+        label_with=label_with,
         own_collator=own_collator,
         keep_columns=args.remove_unused_columns is False,
         skip=bool(kwargs.get("skip_prepare_dataset", False)),

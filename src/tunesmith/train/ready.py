@@ -1,6 +1,7 @@
 """Rows that somebody tokenized: taken as they are, but for labels, padding, and what packing needs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import datasets
@@ -28,7 +29,7 @@ def ready(name: str, dataset: Any, columns: list[str], how: Preparation, report:
 
     No row is tokenized or cut. Only what cannot be used as it is is made anew: rows to be packed, or with padding.
     """
-    if how.packing and "seq_lengths" not in columns:
+    if (how.packing and "seq_lengths" not in columns) or how.label_with is not None:
         return refitted(name, dataset, how, report)
     report.read = report.kept = len(dataset)
     if how.own_collator:
@@ -108,11 +109,17 @@ def as_list(values: Any) -> list:
 def fitted(tokens: Tokens, row: Row, how: Preparation, report: Report) -> Tokens | None:
     """The tokens of a row that somebody tokenized: as they are, or under packing of a length that can be packed."""
     if not how.packing or "seq_lengths" in tokens:
-        return tokens
+        return tokens if how.label_with is None else {**tokens, "labels": labels_of(tokens, how.label_with)}
     if not tokens["input_ids"]:
         report.dropped("no-token", row)
         return None
     return fit({"source": row.source, "line": row.line}, tokens, how.tokenizer, how.encoding, report)
+
+
+def labels_of(tokens: Tokens, label_with: Callable[[list[int]], list[int]]) -> list[int]:
+    """Labels made document by document; a packed row holds several."""
+    edges = accumulate(tokens.get("seq_lengths") or [len(tokens["input_ids"])], initial=0)
+    return [label for first, stop in pairwise(edges) for label in label_with(tokens["input_ids"][first:stop])]
 
 
 def _is_all_true(table: datasets.Dataset, name: str) -> bool:

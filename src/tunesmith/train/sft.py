@@ -9,9 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from tunesmith import allocator
-from tunesmith.data.load import Row
-from tunesmith.data.pack import pack
-from tunesmith.data.prepare import prepare
+from tunesmith.data import IGNORE_INDEX
 from tunesmith.data.report import Report
 from tunesmith.deliver.card import tag_model, write_card
 from tunesmith.errors import ConfigError, ModelError
@@ -22,11 +20,14 @@ from tunesmith.model.liger import apply_liger, check_liger, liger_options
 from tunesmith.model.load import check_vocabulary
 from tunesmith.train.choose import keeps_masters, settled
 from tunesmith.train.collate import FlatCollator, PaddedCollator
+from tunesmith.train.completion_only import DataCollatorForCompletionOnlyLM, LabelsForReport
+from tunesmith.train.datasets import prepared, prepared_mixture
 from tunesmith.train.evaluation import EvaluatingTrainer
 from tunesmith.train.loaders import eval_batches, loader, stream_loader, train_batches
 from tunesmith.train.loss import loss_kind
 from tunesmith.train.options import SFTConfig, as_sft_config, modernized
 from tunesmith.train.processing import one_of, processing_for, tokenizer_in
+from tunesmith.train.reading import preparation_of
 from tunesmith.train.trainable import adapted, named_model
 
 MODEL_COLUMNS = ("input_ids", "labels", "weights", "seq_lengths")
@@ -103,7 +104,8 @@ class SFTTrainer(EvaluatingTrainer):
             check_trainable(model)
         self.max_length = args.max_length = args.max_seq_length = longest_row(args, model, self.tokenizer)
         self.reports: dict[str, Report] = {}
-        self._own_batches = data_collator is None
+        self._formatting_func, self._label_with = formatting_func, labels_by(data_collator, args)
+        self._own_batches = data_collator is None or self._label_with is not None
         train_dataset = self._prepared("train_dataset", train_dataset)
         eval_dataset = self._prepared("eval_dataset", eval_dataset)
         args, lines = settled(args, model, train_dataset)
@@ -115,7 +117,7 @@ class SFTTrainer(EvaluatingTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or FlatCollator(),
+            data_collator=FlatCollator() if self._own_batches else data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -132,7 +134,7 @@ class SFTTrainer(EvaluatingTrainer):
         if use_cache is not None:
             model.config.use_cache = use_cache  # the trainer turns it off in the config, which would be saved
         tag_model(model)
-        self.support = self._probe(data_collator)
+        self.support = self._probe()
 
     # ---- before training -----------------------------------------------------------------------------------------
 
@@ -155,45 +157,42 @@ class SFTTrainer(EvaluatingTrainer):
         return model
 
     def _prepared(self, name: str, dataset: Any) -> Any:
-        """Rows → tokenized (and packed) rows; datasets with `input_ids` pass through."""
-        args, tokenizer = self.args, self.tokenizer
+        """The dataset as token rows; a dict of training sets is mixed, one of evaluation sets stays a dict."""
+        evaluation = name != "train_dataset"
         if dataset is None or (isinstance(dataset, dict) and not dataset):
             return None
-        if isinstance(dataset, dict):
+        if isinstance(dataset, dict) and evaluation:
             return {key: self._prepared(f"{name}[{key}]", part) for key, part in dataset.items()}
-        if isinstance(dataset, IterableDataset | datasets.IterableDataset):
+        how = preparation_of(
+            self.args,
+            self.tokenizer,
+            self.max_length,
+            evaluation=evaluation,
+            formatting_func=self._formatting_func,
+            label_with=self._label_with,
+            own_collator=not self._own_batches,
+        )
+        if self.tokenizer is None and not how.skip:
             raise ConfigError(
-                f"{name}: streamed datasets are not supported yet. Give a datasets.Dataset or a list of rows."
+                f"{name}: rows need a tokenizer, and the processing_class has none. Give a tokenizer, or prepare the "
+                'rows yourself and set dataset_kwargs={"skip_prepare_dataset": True}.'
             )
-        if "input_ids" not in (getattr(dataset, "column_names", None) or []):
-            self.reports[name] = Report()
-            rows = [Row(dict(row), name, number) for number, row in enumerate(dataset, 1)]
-            self.reports[name].read = len(rows)
-            dataset = prepare(
-                rows,
-                tokenizer,
-                self.reports[name],
-                columns={"text": args.dataset_text_field} if args.dataset_text_field != "text" else None,
-                train_on=args.train_on,
-                too_long=args.too_long,
-                max_length=self.max_length,
-            )
-            self.reports[name].check(max_drop_ratio=1.0)
-        elif "labels" not in dataset.column_names:
-            dataset = dataset.add_column("labels", dataset["input_ids"])
-        packing = args.packing if name == "train_dataset" or args.eval_packing is None else args.eval_packing
-        if packing and "seq_lengths" not in dataset.column_names:
-            return pack(dataset, self.max_length, args.packing_strategy)
-        return dataset
+        if type(dataset) is dict:
+            return prepared_mixture(name, dataset, how, self.reports)
+        self.reports[name] = Report()
+        found = prepared(name, dataset, how, self.reports[name])
+        if how.packing and not evaluation and not how.skip:
+            found.infinite = self.args.max_steps > 0  # a stream begins again at its end; TRL's rows say so, too
+        return found
 
-    def _probe(self, data_collator: Callable | None) -> Support:
+    def _probe(self) -> Support:
         """Find out how this model may be fed, set the collator, and say what was chosen."""
         support = probe_model(self.model)
-        if self.args.padding_free is False and data_collator is None:
+        if self.args.padding_free is False:
             support = support._replace(layout="padded")
         elif self.args.padding_free and support.layout == "padded":
             raise ConfigError(f"padding_free: this model does not keep documents apart ({support.why}). Leave it out.")
-        if data_collator is not None:
+        if not self._own_batches:
             support = support._replace(layout="padded")
         elif support.layout == "padded":
             pad = getattr(self.tokenizer, "pad_token_id", None)
@@ -228,6 +227,10 @@ class SFTTrainer(EvaluatingTrainer):
         if dataset is None:
             raise ConfigError("train_dataset is missing. Give SFTTrainer the rows to train on.")
         if isinstance(dataset, IterableDataset | datasets.IterableDataset):
+            if args.tokens_per_batch is not None:
+                raise ConfigError(
+                    "tokens_per_batch needs the lengths of all rows, which a stream does not tell. Remove it."
+                )
             return stream_loader(dataset, args.train_batch_size, self._collator("training"), args)
         if not self._own_batches or args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             return super().get_train_dataloader()
@@ -289,6 +292,18 @@ class SFTTrainer(EvaluatingTrainer):
                 reports=self.reports,
                 log_history=self.state.log_history,
             )
+
+
+def labels_by(data_collator: Any, args: SFTConfig) -> Callable[[list[int]], list[int]] | None:
+    """Ids of a document → labels, where a completion-only collator does no more than that: rows may then be packed.
+
+    A subclass, or other options, make batches of their own; so do rows that nobody prepares.
+    """
+    plain = type(data_collator) is DataCollatorForCompletionOnlyLM and not data_collator.padding_free
+    skipped = (args.dataset_kwargs or {}).get("skip_prepare_dataset")
+    if not plain or skipped or data_collator.ignore_index != IGNORE_INDEX:
+        return None
+    return LabelsForReport(data_collator)
 
 
 def longest_row(args: SFTConfig, model: nn.Module, tokenizer: Any) -> int:
