@@ -21,6 +21,7 @@ from tunesmith import __version__
 from tunesmith.config import TrainingFields
 from tunesmith.data.load import load_rows, split_rows
 from tunesmith.data.normalize import Example, find_overlap
+from tunesmith.data.pack import length_before_packing
 from tunesmith.data.prepare import encode_examples, read_examples
 from tunesmith.data.report import Report, preview
 from tunesmith.deliver.chat import chat as talk
@@ -38,6 +39,7 @@ from tunesmith.recipe import Recipe, load_recipe, resolved
 from tunesmith.runs import Run, prepare_output_dir
 from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, SampleCallback, plot_loss, use_progress
 from tunesmith.train.options import SFTConfig
+from tunesmith.train.processing import changed
 from tunesmith.train.sft import SFTTrainer
 
 SHOWN_COMPARISONS = 5
@@ -118,12 +120,14 @@ def tokenizer_of(recipe: Recipe) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer that the recipe's model brings, with the recipe's template."""
     if recipe.model.model_name_or_path is None:
         raise ConfigError("model_name_or_path is missing. Name a model folder or a Hub id.")
-    return load_tokenizer(
+    tokenizer = load_tokenizer(
         recipe.model.model_name_or_path,
         chat_template=recipe.training.get("chat_template"),
         gguf_file=recipe.model.gguf_file,
         **hub_options(recipe),
     )
+    asked = {key: recipe.training[key] for key in ("eos_token", "pad_token") if recipe.training.get(key)}
+    return changed(tokenizer, asked) if asked else tokenizer
 
 
 def hub_options(recipe: Recipe) -> dict[str, Any]:
@@ -183,17 +187,25 @@ def examples_of(recipe: Recipe, rows: list, report: Report) -> list[Example]:
 
 def encode(recipe: Recipe, examples: Sequence[Example], tokenizer: Any, report: Report) -> datasets.Dataset:
     """Examples as tokens, the way the recipe says."""
-    given = recipe.training
-    max_length = given.get("max_length", TrainingFields.max_length)
+
+    def option(name: str) -> Any:
+        return recipe.training.get(name, getattr(TrainingFields, name))
+
+    max_length = option("max_length")
+    if max_length is None and recipe.model.gguf_file is None:
+        max_length = model_max_length(recipe.model.model_name_or_path, **hub_options(recipe))
+    if option("packing") and max_length is not None:
+        max_length = length_before_packing(max_length, option("packing_strategy"), option("too_long"))
     return encode_examples(
         examples,
         tokenizer,
         report,
-        train_on=given.get("train_on", TrainingFields.train_on),
-        too_long=given.get("too_long", TrainingFields.too_long),
-        max_length=model_max_length(recipe.model.model_name_or_path, **hub_options(recipe))
-        if max_length is None and recipe.model.gguf_file is None
-        else max_length,
+        batch_size=option("dataset_batch_size"),
+        num_proc=option("dataset_num_proc"),
+        train_on=option("train_on"),
+        too_long=option("too_long"),
+        append_eos=option("append_eos"),
+        max_length=max_length,
         on_bad_row=recipe.data.on_bad_row,
     )
 

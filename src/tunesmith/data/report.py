@@ -204,6 +204,12 @@ class Report:
             yield f"tokens per row: {', '.join(parts)}", ""
             yield from ((f"  {line}", "cyan") for line in draw(histogram(self.lengths), width - 2, block))
 
+    def losses(self) -> str:
+        """One line on the rows that are dropped or changed, with the first places; empty if there are none."""
+        lines = [f"dropped: {line}" for line in _reason_lines(self.drops)]
+        lines += [f"changed: {line}" for line in _reason_lines(self.changes)]
+        return "; ".join([self._headline(), *(" ".join(line.split()) for line in lines)]) if lines else ""
+
     def _headline(self) -> str:
         num_changed = len({(problem.source, problem.line) for problem in self.changes})
         parts = [f"{_count(self.read, 'row')} read", f"{self.kept:,} kept", f"{self.num_dropped:,} dropped"]

@@ -36,13 +36,21 @@ def encode_prompt(
     tools: list[dict[str, Any]] | None = None,
     chat_template: str | None = None,
     where: str = "",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Prompt:
     """The conversation up to where its answer begins, exactly as training shows it before that answer.
 
     Raises: TemplateError, RowError as `data.render.render_prompt` and `data.tokenize.tokenize`; each begins with
         `where`.
     """
-    rendered = render_prompt(messages, tokenizer, tools=tools, chat_template=chat_template, where=where)
+    rendered = render_prompt(
+        messages,
+        tokenizer,
+        tools=tools,
+        chat_template=chat_template,
+        where=where,
+        chat_template_kwargs=chat_template_kwargs,
+    )
     return encode_rendered(tokenizer, rendered, where)
 
 

@@ -147,32 +147,33 @@ def ask(
     if not messages:
         raise DataError(f"{where}there are neither messages nor a prompt, so there is nothing to answer.")
     first = None if prompt is None else len(prompt)
-    return _ask_messages(messages, first, example.get("tools"), tokenizer, chat_template, where)
+    beside = {key: example[key] for key in ("tools", "chat_template_kwargs") if example.get(key)}
+    return _ask_messages(messages, first, beside, tokenizer, chat_template, where)
 
 
 def _ask_messages(
     messages: Sequence[Mapping[str, Any]],
     first: int | None,
-    tools: list[dict[str, Any]] | None,
+    beside: dict[str, Any],
     tokenizer: "PreTrainedTokenizerBase",
     chat_template: str | None,
     where: str,
 ) -> Question:
-    """`first`: index of the completion's first message, where the example has one."""
+    """`first`: index of the completion's first message, if there is one. `beside`: tools, chat_template_kwargs."""
     plain = [for_template(message) for message in messages]
     answers = [
         place for place, message in enumerate(plain) if message["role"] == "assistant" and place >= (first or 0)
     ]
     end = answers[-1] if answers else len(plain)
-    prompt = encode_prompt(tokenizer, plain[:end], tools, chat_template, where)
-    label = _label(plain[: end + 1], tools, tokenizer, chat_template) if answers else None
+    prompt = encode_prompt(tokenizer, plain[:end], chat_template=chat_template, where=where, **beside)
+    label = _label(plain[: end + 1], beside, tokenizer, chat_template) if answers else None
     asked = [message for message in plain[:end] if message["role"] != "assistant"]
     return Question(prompt, label, _content(asked[-1]) if asked else prompt.text)
 
 
 def _label(
     messages: list[dict[str, Any]],
-    tools: list[dict[str, Any]] | None,
+    beside: dict[str, Any],
     tokenizer: "PreTrainedTokenizerBase",
     chat_template: str | None,
 ) -> str:
@@ -180,7 +181,7 @@ def _label(
     last = messages[-1]
     if isinstance(last.get("content"), str) and not last.get("tool_calls"):
         return last["content"]
-    example = {"messages": messages, "tools": tools}
+    example = {"messages": messages, **beside}
     try:
         rendered = render(example, tokenizer, train_on="last_turn", chat_template=chat_template)
         labels = tokenize([rendered], tokenizer)[0]["labels"]

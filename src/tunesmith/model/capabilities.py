@@ -44,10 +44,15 @@ def probe_model(model: nn.Module, *, lengths: tuple[int, int] = (5, 7), seed: in
         model.train(training)
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that makes logits of hidden states, if the model says which; peft's wrapper is left aside."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
 def _separate_logits(model: nn.Module, ids: Tensor, lengths: tuple[int, int]) -> tuple[Tensor, bool]:
     """Logits of each document run alone, joined, and whether the head's own output is what the model returns."""
     seen: list[Tensor] = []
-    head = model.get_output_embeddings()
+    head = output_head(model)
     hook = (
         head.register_forward_hook(lambda _module, _inputs, output: seen.append(output)) if head is not None else None
     )

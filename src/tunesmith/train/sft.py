@@ -1,5 +1,6 @@
 """SFTTrainer: rows in any known format and a causal language model go in, a trained model comes out."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from tunesmith.model.attention import attention_configs
 from tunesmith.model.capabilities import Support, probe_model
 from tunesmith.model.liger import apply_liger, check_liger, liger_options
 from tunesmith.model.load import check_vocabulary
+from tunesmith.train.batching import EpochSampler
 from tunesmith.train.choose import keeps_masters, settled
 from tunesmith.train.collate import FlatCollator, PaddedCollator
 from tunesmith.train.completion_only import DataCollatorForCompletionOnlyLM, LabelsForReport
@@ -29,6 +31,8 @@ from tunesmith.train.options import SFTConfig, as_sft_config, modernized
 from tunesmith.train.processing import one_of, processing_for, tokenizer_in
 from tunesmith.train.reading import preparation_of
 from tunesmith.train.trainable import adapted, named_model
+
+logger = logging.getLogger(__name__)
 
 MODEL_COLUMNS = ("input_ids", "labels", "weights", "seq_lengths")
 DEFAULT_MAX_LENGTH = 1024
@@ -113,7 +117,7 @@ class SFTTrainer(EvaluatingTrainer):
         if args.use_liger_kernel:
             apply_liger(model, args.liger_kernel_config)
             args.liger_kernel_config = liger_options(args.liger_kernel_config)  # transformers applies them once more
-        use_cache = getattr(model.config, "use_cache", None)
+        use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
             model=model,
             args=args,
@@ -135,6 +139,8 @@ class SFTTrainer(EvaluatingTrainer):
             model.config.use_cache = use_cache  # the trainer turns it off in the config, which would be saved
         tag_model(model)
         self.support = self._probe()
+        for line in self.choices:
+            logger.info(line)
 
     # ---- before training -----------------------------------------------------------------------------------------
 
@@ -181,13 +187,15 @@ class SFTTrainer(EvaluatingTrainer):
             return prepared_mixture(name, dataset, how, self.reports)
         self.reports[name] = Report()
         found = prepared(name, dataset, how, self.reports[name])
+        if lost := self.reports[name].losses():
+            logger.warning("%s: %s (trainer.reports has every row)", name, lost)
         if how.packing and not evaluation and not how.skip:
             found.infinite = self.args.max_steps > 0  # a stream begins again at its end; TRL's rows say so, too
         return found
 
     def _probe(self) -> Support:
         """Find out how this model may be fed, set the collator, and say what was chosen."""
-        support = probe_model(self.model)
+        support = self._measured()
         if self.args.padding_free is False:
             support = support._replace(layout="padded")
         elif self.args.padding_free and support.layout == "padded":
@@ -214,6 +222,16 @@ class SFTTrainer(EvaluatingTrainer):
             raise ModelError("no parameter of the model is trainable. Set requires_grad, or give a peft_config.")
         return support
 
+    def _measured(self) -> Support:
+        """What the start-up check finds; a model that needs more than text may fail at it, if it need not be known."""
+        try:
+            return probe_model(self.model)
+        except Exception as error:
+            if self._own_batches:
+                raise
+            why = f"the start-up check failed: {type(error).__name__}: {error}".splitlines()[0]
+            return Support("padded", plain_head=False, why=why)
+
     # ---- batches -------------------------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -232,16 +250,21 @@ class SFTTrainer(EvaluatingTrainer):
                     "tokens_per_batch needs the lengths of all rows, which a stream does not tell. Remove it."
                 )
             return stream_loader(dataset, args.train_batch_size, self._collator("training"), args)
-        if not self._own_batches or args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             return super().get_train_dataloader()
+        if not self._own_batches:  # it cannot make a batch of no rows, so transformers shares them out
+            if args.tokens_per_batch is None:
+                return super().get_train_dataloader()
+            if args.world_size > 1:
+                raise ConfigError("tokens_per_batch: with a data_collator of your own only on one process. Remove it.")
         return loader(self._read(dataset, "training"), train_batches(dataset, args), self.data_collator, args)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """Rows for a caller's own collator, which cannot make a batch of no rows: shared out as transformers does."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "random" or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(dataset)
-        return train_batches(dataset, self.args).sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(len(dataset), seed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """This process's evaluation batches; padded rows where `compute_metrics` wants logits row by row."""

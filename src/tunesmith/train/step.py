@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.trainer_utils import TrainOutput
 
 from tunesmith.data import IGNORE_INDEX
 from tunesmith.model.attention import documents_attend
-from tunesmith.model.capabilities import Support
+from tunesmith.model.capabilities import Support, output_head
 from tunesmith.model.lora import loraplus_groups, save_plain_lora
 from tunesmith.train.collate import loss_positions
 from tunesmith.train.head import HeadLoss, loss_in_head
@@ -118,7 +119,12 @@ class TokenTrainer(Seq2SeqTrainer):
         """Run the model with the loss formed in its head; the sums, and an expert model's load-balancing loss."""
         kind = self.loss_kind if model.training else PLAIN  # evaluation reports what perplexity is made of
         request = loss_request(inputs, plain_head=self.support.plain_head, kind=kind, metrics=metrics)
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        head = output_head(self.accelerator.unwrap_model(model))
+        if head is None:
+            outputs = model(**self._model_inputs(inputs), use_cache=False)
+            rows = outputs.logits.reshape(-1, outputs.logits.shape[-1])[request.index]
+            found = replace(request, plain_head=False).from_logits(rows)
+            return found, getattr(outputs, "aux_loss", None)
         with loss_in_head(head, request):
             outputs = model(**self._model_inputs(inputs), use_cache=False)
         return request.from_logits(outputs.logits), getattr(outputs, "aux_loss", None)
