@@ -189,7 +189,7 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
         message["content"] = content
     elif content is not None or not turn.get("tool_calls"):
         message["content"] = _joined(content, "content" in turn, number)
-    if len(turn) > 2:
+    if turn.keys() - {"role", "content"}:
         _other_keys(turn, message, number)
     return message
 
