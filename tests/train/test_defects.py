@@ -5,8 +5,6 @@ import pytest
 
 from tests.tiny import make_byte_tokenizer
 from tests.train.rows import make_trainer
-from tunesmith.train.options import SFTConfig
-from tunesmith.train.sft import SFTTrainer
 
 TOOL_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
@@ -35,3 +33,35 @@ def test_a_tool_call_without_content_is_trained(tiny_model, tmp_path, turn, as_t
     rows = datasets.Dataset.from_list(rows) if as_table else rows
     trainer = make_trainer(tiny_model, tokenizer, rows, tmp_path)
     assert trained_text(trainer) == '<tool>add {"x": 2}</tool><|im_end|>'
+
+
+AS_JSON = "{{ c.function.arguments | tojson }}"
+AS_IT_IS = "{{ c.function.arguments }}"
+JOINED = "{{ 'json ' + c.function.arguments }}"
+EITHER = "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}"
+ITEMS = "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}"
+
+
+@pytest.mark.parametrize("arguments", [{"x": "ü"}, '{"x": "ü"}'])
+@pytest.mark.parametrize(
+    ("way", "written"),
+    [
+        (AS_JSON, '{"x": "ü"}'),
+        (AS_IT_IS, '{"x": "ü"}'),
+        (JOINED, 'json {"x": "ü"}'),
+        (EITHER, '{"x": "ü"}'),
+        (ITEMS, "x=ü"),
+    ],
+)
+def test_arguments_of_tool_calls_reach_a_template_as_it_takes_them(tiny_model, tmp_path, arguments, way, written):
+    tokenizer = make_byte_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE.replace(AS_JSON, way)
+    trainer = make_trainer(tiny_model, tokenizer, [tool_call(arguments)], tmp_path)
+    assert trained_text(trainer) == f"<tool>add {written}</tool><|im_end|>"
+
+
+def test_arguments_that_are_no_json_stay_as_they_are(tiny_model, tmp_path):
+    tokenizer = make_byte_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    trainer = make_trainer(tiny_model, tokenizer, [tool_call("{x: 2")], tmp_path)
+    assert trained_text(trainer) == '<tool>add "{x: 2"</tool><|im_end|>'

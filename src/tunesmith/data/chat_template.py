@@ -1,8 +1,10 @@
 """A chat template bound to a tokenizer: conversations in, text out, and errors that name the row."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from tunesmith.data.report import place
 from tunesmith.errors import TemplateError
@@ -11,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tunesmith.data.normalize import Example
+
+_ARGUMENTS: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer → template → which kinds of arguments it takes
 
 
 def place_of(example: "Example") -> str:
@@ -90,6 +94,21 @@ class Chat:
             raise self.failed(error) from error
         return texts[0], ranges[0]
 
+    def with_arguments(self, messages: list[dict]) -> list[dict]:
+        """The turns with the arguments of their tool calls as this template takes them: an object, or its JSON text.
+
+        OpenAI's files hold text. Most templates write `arguments | tojson`, which would quote it a second time; others
+        join it to a text, which an object breaks.
+        """
+        if not any(message.get("tool_calls") for message in messages):
+            return messages
+        kinds = _ARGUMENTS.setdefault(self.tokenizer, {})
+        if self.template not in kinds:
+            kinds[self.template] = _argument_kinds(replace(self, tools=None, kwargs={}))
+        if all(kinds[self.template]):
+            return messages
+        return [_with_arguments(message, *kinds[self.template]) for message in messages]
+
     def failed(self, error: Exception) -> TemplateError:
         """What the template itself raised."""
         kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
@@ -102,3 +121,46 @@ class Chat:
     def refusal(self, what: str, reason: str = "template") -> TemplateError:
         """`what` is wrong with this conversation under this template."""
         return refusal(self.where, what, reason)
+
+
+def _argument_kinds(chat: Chat) -> tuple[bool, bool]:
+    """Whether the template writes arguments that are text as they are, and those that are an object as JSON or tags."""
+    takes_text = '{"key": "value"}' in _probed(chat, '{"key": "value"}')
+    of_object = _probed(chat, {"key": "value"})
+    takes_object = "value" in of_object and "'value'" not in of_object  # Python's quotes: written without tojson
+    return (takes_text, takes_object) if takes_text or takes_object else (True, True)
+
+
+def _probed(chat: Chat, arguments: Any) -> str:
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    try:
+        return chat.text(
+            [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        )
+    except TemplateError:  # the row itself will tell
+        return ""
+
+
+def _with_arguments(message: dict, takes_text: bool, takes_object: bool) -> dict:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_converted(call, takes_text, takes_object) for call in calls]}
+
+
+def _converted(call: Any, takes_text: bool, takes_object: bool) -> Any:
+    """The call with its arguments as text or as an object; one that is neither, or no JSON, as it is."""
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    arguments = function.get("arguments")
+    if isinstance(arguments, dict) and not takes_object:
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    elif isinstance(arguments, str) and not takes_text:
+        try:
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return call
+        arguments = parsed if isinstance(parsed, dict) else arguments
+    else:
+        return call
+    function = {**function, "arguments": arguments}
+    return {**call, "function": function} if "function" in call else function

@@ -106,7 +106,7 @@ def render_prompt(
     Raises: as `render`.
     """
     chat = Chat.of(tokenizer, chat_template, tools, where, chat_template_kwargs)
-    plain = [for_template(message) for message in messages]
+    plain = chat.with_arguments([for_template(message) for message in messages])
     hidden = _Hider(control_tokens(tokenizer))
     masked = replace(chat, tools=hidden(chat.tools), kwargs=hidden(chat.kwargs))
     masked_messages = hidden(plain)
@@ -177,7 +177,7 @@ def _eos(tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
 def _render_chat(chat: Chat, messages: list["Message"], train_on: str, first: int | None) -> Rendered:
     """Render, choose the turns, find their spans; `first`: index of the first message of a row's completion."""
     turns = trained_turns(messages, train_on, first, chat.where)
-    plain = [for_template(message) for message in messages]
+    plain = chat.with_arguments([for_template(message) for message in messages])
     controls = control_tokens(chat.tokenizer)
     # Structure is read off a rendering in which control tokens of the person's are replaced, so they cannot pass for
     # the template's own.
