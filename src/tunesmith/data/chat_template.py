@@ -124,7 +124,7 @@ class Chat:
 
 
 def _argument_kinds(chat: Chat) -> tuple[bool, bool]:
-    """Whether the template writes arguments that are text as they are, and those that are an object as JSON or tags."""
+    """Whether the template writes arguments that are text as they are, and objects as JSON or tags."""
     takes_text = '{"key": "value"}' in _probed(chat, '{"key": "value"}')
     of_object = _probed(chat, {"key": "value"})
     takes_object = "value" in of_object and "'value'" not in of_object  # Python's quotes: written without tojson

@@ -10,19 +10,29 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
+from tunesmith.errors import ConfigError
 from tunesmith.train.batching import EpochSampler, RankBatches, TokenBudgetBatches
 from tunesmith.train.options import SFTConfig
 
 
-def train_batches(dataset: Any, args: SFTConfig) -> Sampler[list[int]]:
-    """This process's micro-batches of a training set."""
+def train_batches(dataset: Any, args: SFTConfig, batch_size: int) -> Sampler[list[int]]:
+    """This process's micro-batches of a training set, of `batch_size` rows or of `args.tokens_per_batch` tokens.
+
+    Raises: ConfigError where `dataloader_drop_last` would leave none.
+    """
     seed = args.seed if args.data_seed is None else args.data_seed
     shuffle = args.train_sampling_strategy != "sequential"
     where = {"rank": args.process_index, "ranks": args.world_size}
     if args.tokens_per_batch is not None:
         return TokenBudgetBatches(row_lengths(dataset), args.tokens_per_batch, seed, shuffle=shuffle, **where)
     sampler = EpochSampler(len(dataset), seed, shuffle=shuffle)
-    return RankBatches(sampler, args.train_batch_size, drop_last=args.dataloader_drop_last, **where)
+    batches = RankBatches(sampler, batch_size, drop_last=args.dataloader_drop_last, **where)
+    if len(dataset) and not len(batches):
+        raise ConfigError(
+            f"dataloader_drop_last: {len(dataset)} rows are fewer than the {batch_size * args.world_size} of one batch, "
+            "so nothing would be trained. Remove it, or lower per_device_train_batch_size."
+        )
+    return batches
 
 
 def eval_batches(dataset: Any, args: SFTConfig) -> Sampler[list[int]]:

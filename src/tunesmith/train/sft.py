@@ -249,7 +249,7 @@ class SFTTrainer(EvaluatingTrainer):
                 raise ConfigError(
                     "tokens_per_batch needs the lengths of all rows, which a stream does not tell. Remove it."
                 )
-            return stream_loader(dataset, args.train_batch_size, self._collator("training"), args)
+            return stream_loader(dataset, self._train_batch_size, self._collator("training"), args)
         if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             return super().get_train_dataloader()
         if not self._own_batches:  # it cannot make a batch of no rows, so transformers shares them out
@@ -257,7 +257,8 @@ class SFTTrainer(EvaluatingTrainer):
                 return super().get_train_dataloader()
             if args.world_size > 1:
                 raise ConfigError("tokens_per_batch: with a data_collator of your own only on one process. Remove it.")
-        return loader(self._read(dataset, "training"), train_batches(dataset, args), self.data_collator, args)
+        batches = train_batches(dataset, args, self._train_batch_size)
+        return loader(self._read(dataset, "training"), batches, self.data_collator, args)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset

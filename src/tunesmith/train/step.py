@@ -50,8 +50,6 @@ class TokenTrainer(Seq2SeqTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; arguments as in transformers: `resume_from_checkpoint`, `trial`, `ignore_keys_for_eval`."""
-        self.tokens_seen, self._tokens_before = 0, None
-        self._figures = torch.zeros(len(FIGURES), device=self.args.device)
         try:
             output = super().train(*args, **kwargs)
         finally:
@@ -62,7 +60,12 @@ class TokenTrainer(Seq2SeqTrainer):
         return output
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """With noise on the embeddings of the model that trains, which `train` may have made anew."""
+        """With noise on the embeddings of the model that trains, which `train` may have made anew.
+
+        `auto_find_batch_size` calls this once for each size that it tries; figures of the sizes before do not count.
+        """
+        self.tokens_seen, self._tokens_before = 0, None
+        self._figures = torch.zeros(len(FIGURES), device=self.args.device)
         model = self.accelerator.unwrap_model(self.model)
         with noisy_embeddings(model, self.args.neftune_noise_alpha) as self._noise:
             return super()._inner_training_loop(*args, **kwargs)
