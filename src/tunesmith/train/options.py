@@ -18,7 +18,7 @@ from tunesmith.config import ModelConfig, TrainingFields, described
 from tunesmith.errors import ConfigError
 from tunesmith.lookup import did_you_mean
 from tunesmith.train.legacy import LegacyFields, checkpointing, default_of, remember, translate
-from tunesmith.train.values import checked
+from tunesmith.train.values import checked, parts
 
 DATASET_KWARGS: dict[str, Any] = {
     "skip_prepare_dataset": bool,
@@ -32,6 +32,7 @@ DATASET_KWARGS: dict[str, Any] = {
     "mixture_stop": typing.Literal["first", "all"],
 }
 MAPPINGS = ("model_init_kwargs", "dataset_kwargs", "prepare_in_int8_kwargs")
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 SECRETS = ("hub_token", "push_to_hub_token")
 TRAINER_ARGUMENTS = {
     *("model", "data_collator", "train_dataset", "eval_dataset", "processing_class", "tokenizer", "model_init"),
@@ -181,10 +182,24 @@ def own_annotations() -> dict[str, Any]:
     return {name: hints[name] for cls in declaring for name in inspect.get_annotations(cls)}
 
 
+@cache
+def inherited_annotations() -> dict[str, Any]:
+    """Option → annotation, of transformers' options that are numbers or switches, with the ranges of `COUNTS`."""
+    hints = typing.get_type_hints(Seq2SeqTrainingArguments)
+    plain = {name: hint for name, hint in hints.items() if set(parts(hint)[0]) <= {int, float, bool, type(None)}}
+    shared = plain.keys() - own_annotations().keys()
+    return {name: Annotated[plain[name], Ge(1)] if name in COUNTS else plain[name] for name in sorted(shared)}
+
+
 def check_values(args: SFTConfig) -> None:
-    """Raise ConfigError for the first own option whose value has the wrong type, word or range."""
+    """Raise ConfigError for the first option whose value has the wrong type, word or range."""
     for name, annotation in own_annotations().items():
         setattr(args, name, checked(name, getattr(args, name), annotation))
+    for name, annotation in inherited_annotations().items():
+        value = getattr(args, name, None)
+        if value is not None:
+            whole = isinstance(value, float) and value.is_integer() and float not in parts(annotation)[0]
+            setattr(args, name, checked(name, int(value) if whole else value, annotation))
     for key, value in (args.dataset_kwargs or {}).items():
         if key not in DATASET_KWARGS:
             raise ConfigError(
@@ -232,7 +247,7 @@ def modernized(args: SFTConfig) -> SFTConfig:
     Raises: ConfigError for what the constructor would have refused.
     """
     args = copy.copy(args)
-    args.__post_init__()
+    SFTConfig.__post_init__(args)  # a subclass's own has run, and may not bear to run twice
     return args
 
 
