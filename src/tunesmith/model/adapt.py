@@ -126,6 +126,7 @@ def attach(
         raise ConfigError(
             f"peft_config: expected a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}."
         )
+    refuse_virtual_tokens(peft_config)
     if has_adapter(model):
         raise ConfigError(
             "peft_config: the model has an adapter already. Leave peft_config out to go on training that adapter, or "
@@ -146,6 +147,15 @@ def attach(
         raise ConfigError(f"peft_config: {str(error).splitlines()[0]}") from error
     remember_first_weights(wrapped)
     return wrapped
+
+
+def refuse_virtual_tokens(peft_config: Any) -> None:
+    """Raise ConfigError for methods that put trained vectors in front of each row: labels would not match logits."""
+    if peft_config.is_prompt_learning and str(getattr(peft_config.peft_type, "value", "")) != "PREFIX_TUNING":
+        raise ConfigError(
+            f"peft_config: {type(peft_config).__name__} puts virtual tokens in front of each row, which moves the "
+            "places of the loss. Use LoraConfig, or PrefixTuningConfig."
+        )
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -173,6 +183,8 @@ def check_trainable(model: nn.Module) -> None:
             "every weight of the model's adapter is frozen, so nothing would train. Load it for training: "
             "PeftModel.from_pretrained(base, adapter, is_trainable=True)."
         )
+    if isinstance(getattr(model, "peft_config", None), dict):
+        refuse_virtual_tokens(model.active_peft_config)
     if is_quantized(model) and not has_adapter(model):
         raise ModelError(
             "a 4- or 8-bit model has no weights that could be trained. Train an adapter on it "
@@ -264,6 +276,22 @@ def upcast_trainable(model: nn.Module) -> int:
             parameter.data = parameter.data.float()
             changed += 1
     return changed
+
+
+def hold_in_float32(model: nn.Module) -> int:
+    """Hold frozen half-precision weights in float32 too, where trained ones are; returns how many tensors changed.
+
+    Without autocast no layer multiplies the one type with the other. Adapters cast for themselves, but the modules
+    that peft trains whole (`modules_to_save`) do not; packed weights of a quantized base stay packed.
+    """
+    trained = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    whole = [dtype for name, dtype in trained.items() if not has_adapter(model) or "modules_to_save" in name]
+    if torch.float32 not in whole or is_quantized(model):
+        return 0
+    halves = [parameter for parameter in model.parameters() if parameter.dtype in (torch.bfloat16, torch.float16)]
+    for parameter in halves:
+        parameter.data = parameter.data.float()
+    return len(halves)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tunesmith.errors import ConfigError
-from tunesmith.model.adapt import has_adapter, upcast_trainable
+from tunesmith.model.adapt import has_adapter, hold_in_float32, upcast_trainable
 from tunesmith.model.capabilities import activations_fit, bf16_is_faster
 from tunesmith.model.quantize import hold_adapters_in, is_quantized, multiply_in, require_input_grads
 from tunesmith.train.options import SFTConfig, loading
@@ -27,6 +27,8 @@ def settled(args: SFTConfig, model: nn.Module, train_dataset: Any) -> tuple[SFTC
         lines.append(f"weights: {count} trained tensors held in float32 (half precision loses small updates)")
     if args.bf16 is None:
         lines.append(choose_precision(args, args.device))
+    if not (args.bf16 or args.fp16) and (count := hold_in_float32(model)):
+        lines.append(f"weights: {count} frozen tensors held in float32 too, as products are (bf16=True: as loaded)")
     args.mixed_precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
     if args.choose_checkpointing and train_dataset is not None:
         lines.append(choose_checkpointing(args, model, longest_batch(train_dataset, args)))
@@ -46,6 +48,10 @@ def settled(args: SFTConfig, model: nn.Module, train_dataset: Any) -> tuple[SFTC
 
 def check(args: SFTConfig, model: nn.Module) -> None:
     """Raise ConfigError for options that this model or machine cannot act on."""
+    if args.fp16 and args.device.type == "cpu":
+        raise ConfigError(
+            "fp16: nothing multiplies in float16 on a cpu, so it would be float32. Leave it out, or set bf16=True."
+        )
     if args.activation_offloading and args.device.type == "cpu":
         raise ConfigError(
             "activation_offloading: this machine trains on its cpu, whose memory the activations are in. Remove it."
