@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from tunesmith.errors import ConfigError
+from tunesmith.lookup import did_you_mean
 from tunesmith.train.collate import PaddedCollator
 from tunesmith.train.step import TokenTrainer, loss_request, stacked, step_weight
 
@@ -34,9 +35,18 @@ class EvaluatingTrainer(TokenTrainer):
         Args:
             eval_dataset: rows in any format that the constructor takes, or a dict of them; `None`: its `eval_dataset`.
         """
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
+        if isinstance(eval_dataset, str):
+            self._check_key(eval_dataset)
+        elif eval_dataset is not None:
             eval_dataset = self._prepared("eval_dataset", eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
+
+    def _check_key(self, key: str) -> None:
+        """Raise ConfigError for a name that none of the evaluation sets has."""
+        known = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if key not in known:
+            names = f" Known: {', '.join(known)}." if known else " Give it rows, or the trainer a dict of datasets."
+            raise ConfigError(f"evaluate: there is no evaluation set '{key}'.{did_you_mean(key, known)}{names}")
 
     def predict(
         self,
@@ -87,9 +97,11 @@ class EvaluatingTrainer(TokenTrainer):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         sums = self.accelerator.reduce(self._sums, "sum").tolist()
-        if sums[-1] == 0 and description == "Evaluation":
+        if sums[1] == 0 and not self.has_own_loss and description == "Evaluation":
             raise ConfigError("the evaluation set has no trained token, so it has no loss.")
-        figures = figures_of(*sums) if sums[-1] else {}
+        figures = figures_of(*sums)
+        if self.has_own_loss and output.predictions is not None:
+            figures = {name: figures[name] for name in figures.keys() - {"loss", "perplexity"}}  # the loop's stays
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
 
@@ -107,9 +119,12 @@ class EvaluatingTrainer(TokenTrainer):
         batches = 0
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
-            with torch.no_grad(), self._attention(inputs), self.compute_loss_context_manager():
-                found, _ = self._token_loss(model, inputs, metrics=True)
-            self._add(found, inputs)
+            if self.has_own_loss:
+                self._add_own(model, inputs)
+            else:
+                with torch.no_grad(), self._attention(inputs), self.compute_loss_context_manager():
+                    found, _ = self._token_loss(model, inputs, metrics=True)
+                self._add(found, inputs)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             batches += 1
         rows = dataloader.dataset
@@ -119,6 +134,14 @@ class EvaluatingTrainer(TokenTrainer):
         count = loss_request(inputs).targets.numel()
         weight = step_weight(inputs) if count else 0.0
         self._sums += stacked((found.loss, weight, found.correct, found.entropy, count), self._sums)
+
+    def _add_own(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """The loss that a person's function gives for the batch, weighed by its trained tokens."""
+        before = self._sums[:2].clone()
+        with self._attention(inputs):
+            loss = self.prediction_step(model, inputs, prediction_loss_only=True)[0]
+        weight = step_weight(inputs)
+        self._sums[:2] = before + stacked((loss.detach() * weight, weight), before)
 
     def _loss_with_logits(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -132,13 +155,9 @@ class EvaluatingTrainer(TokenTrainer):
 
 
 def figures_of(loss: float, weight: float, correct: float, entropy: float, count: float) -> dict[str, float]:
-    """Means per trained token, from their sums."""
-    return {
-        "loss": loss / weight,
-        "perplexity": perplexity(loss / weight),
-        "mean_token_accuracy": correct / count,
-        "entropy": entropy / count,
-    }
+    """Means per trained token, from their sums; those of which nothing was summed are left out."""
+    figures = {"loss": loss / weight, "perplexity": perplexity(loss / weight)} if weight else {}
+    return figures | ({"mean_token_accuracy": correct / count, "entropy": entropy / count} if count else {})
 
 
 def perplexity(loss: float) -> float:

@@ -1,7 +1,7 @@
 """TokenTrainer: transformers' trainer with a loss at trained tokens only, normalised over the whole step."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -12,6 +12,7 @@ from transformers import Seq2SeqTrainer
 from transformers.trainer_utils import TrainOutput
 
 from tunesmith.data import IGNORE_INDEX
+from tunesmith.errors import ConfigError
 from tunesmith.model.attention import documents_attend
 from tunesmith.model.capabilities import Support, output_head
 from tunesmith.model.lora import loraplus_groups, save_plain_lora
@@ -70,6 +71,16 @@ class TokenTrainer(Seq2SeqTrainer):
         with noisy_embeddings(model, self.args.neftune_noise_alpha) as self._noise:
             return super()._inner_training_loop(*args, **kwargs)
 
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether the loss is a person's: `compute_loss_func`, or a subclass's `compute_loss` or `prediction_step`."""
+        cls = type(self)
+        overridden = (cls.compute_loss, cls.prediction_step) != (
+            TokenTrainer.compute_loss,
+            TokenTrainer.prediction_step,
+        )
+        return overridden or self.compute_loss_func is not None
+
     # ---- the step ------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -83,6 +94,7 @@ class TokenTrainer(Seq2SeqTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """On the device, with the places of the loss, which our collators have found already."""
         inputs = super()._prepare_inputs(inputs)
+        check_batch(inputs)
         return inputs if "loss_index" in inputs else {**inputs, **loss_positions(inputs["labels"])}
 
     def _attention(self, inputs: dict[str, Any]) -> AbstractContextManager:
@@ -124,16 +136,18 @@ class TokenTrainer(Seq2SeqTrainer):
         request = loss_request(inputs, plain_head=self.support.plain_head, kind=kind, metrics=metrics)
         head = output_head(self.accelerator.unwrap_model(model))
         if head is None:
-            outputs = model(**self._model_inputs(inputs), use_cache=False)
+            outputs = model(**self._model_inputs(inputs))
             rows = outputs.logits.reshape(-1, outputs.logits.shape[-1])[request.index]
             found = replace(request, plain_head=False).from_logits(rows)
             return found, getattr(outputs, "aux_loss", None)
         with loss_in_head(head, request):
-            outputs = model(**self._model_inputs(inputs), use_cache=False)
+            outputs = model(**self._model_inputs(inputs))
         return request.from_logits(outputs.logits), getattr(outputs, "aux_loss", None)
 
     def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         batch = {key: value for key, value in inputs.items() if key not in HOST_KEYS}
+        if hasattr(self.accelerator.unwrap_model(self.model), "config"):  # a person's own module keeps no cache
+            batch["use_cache"] = False
         return batch | {"output_router_logits": True} if self.args.router_aux_loss_coef else batch
 
     def _loss_with_logits(
@@ -141,7 +155,7 @@ class TokenTrainer(Seq2SeqTrainer):
     ) -> tuple[Tensor, Any]:
         """Loss and full outputs of one forward, for callers that want logits: `compute_metrics`, `predict`."""
         with self._attention(inputs):
-            outputs = model(**self._model_inputs(inputs), use_cache=False)
+            outputs = model(**self._model_inputs(inputs))
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=num_items_in_batch)
             return loss * self._ranks_averaged(num_items_in_batch), outputs
@@ -221,12 +235,25 @@ def loss_request(inputs: dict[str, Any], **options: Any) -> HeadLoss:
     return HeadLoss(inputs["loss_index"], inputs["loss_targets"], inputs.get("loss_weights"), **options)
 
 
+def check_batch(inputs: Any) -> None:
+    """Raise ConfigError if a person's collator made something that has no labels."""
+    if not isinstance(inputs, Mapping):
+        raise ConfigError(f"data_collator: expected a dict of tensors, got a {type(inputs).__name__}.")
+    if inputs.get("labels") is None:
+        found = ", ".join(key for key in inputs if key != "labels")
+        raise ConfigError(
+            f"data_collator: its batch has no labels, only {found}. Add labels: the ids where a token is trained and "
+            "-100 elsewhere, not shifted. Or leave data_collator out."
+        )
+
+
 def step_weight(inputs: dict[str, Any]) -> Tensor | float:
     """Weight of a micro-batch's trained tokens, at least a hair above none."""
     if "loss_weights" in inputs:
         return inputs["loss_weights"].sum().clamp(min=1e-12)
     if "loss_targets" in inputs:
         return max(inputs["loss_targets"].numel(), 1e-12)
+    check_batch(inputs)
     return (inputs["labels"][..., 1:] != IGNORE_INDEX).sum().clamp(min=1e-12)
 
 
