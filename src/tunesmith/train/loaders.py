@@ -29,8 +29,8 @@ def train_batches(dataset: Any, args: SFTConfig, batch_size: int) -> Sampler[lis
     batches = RankBatches(sampler, batch_size, drop_last=args.dataloader_drop_last, **where)
     if len(dataset) and not len(batches):
         raise ConfigError(
-            f"dataloader_drop_last: {len(dataset)} rows are fewer than the {batch_size * args.world_size} of one batch, "
-            "so nothing would be trained. Remove it, or lower per_device_train_batch_size."
+            f"dataloader_drop_last: {len(dataset)} rows are fewer than the {batch_size * args.world_size} of one "
+            "batch, so nothing would be trained. Remove it, or lower per_device_train_batch_size."
         )
     return batches
 

@@ -50,6 +50,8 @@ class Preparation:
     """Ids of a document → its labels, in place of `train_on`: a completion-only collator's."""
     own_collator: bool = False
     """The person's collator makes the batches: rows then have `attention_mask`, and no labels if all is trained."""
+    makes_labels: bool | None = None
+    """Whether the person's collator makes the labels. `None`: where every token is trained, as in TRL 0.13."""
     keep_columns: bool = False
     """Rows keep the columns of their source beside the tokens, unless they are packed."""
     skip: bool = False
@@ -90,6 +92,7 @@ def preparation_of(
     formatting_func: Callable | None = None,
     label_with: Callable[[list[int]], list[int]] | None = None,
     own_collator: bool = False,
+    makes_labels: bool | None = None,
 ) -> Preparation:
     """The preparation that an `SFTConfig` asks for, of training or evaluation data."""
     kwargs = args.dataset_kwargs or {}
@@ -111,6 +114,7 @@ def preparation_of(
         formatting_func=formatting_func,
         label_with=label_with,
         own_collator=own_collator,
+        makes_labels=makes_labels,
         keep_columns=args.remove_unused_columns is False,
         skip=bool(kwargs.get("skip_prepare_dataset", False)),
         num_of_sequences=args.num_of_sequences,
@@ -146,7 +150,9 @@ class Reader:
 
     @property
     def trains_all(self) -> bool:
-        """Whether every token of every row is trained, but for BOS."""
+        """Whether every token of every row is trained, but for BOS, as far as the person's collator should know."""
+        if self.how.makes_labels is not None:
+            return self.how.makes_labels
         return self.how.label_with is None and (self.format == "text" or self.how.train_on == "all")
 
     def __call__(self, rows: Sequence[Row], report: Report) -> list[Example]:

@@ -1,6 +1,7 @@
 """SFTTrainer: rows in any known format and a causal language model go in, a trained model comes out."""
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,15 @@ from tunesmith.model.attention import attention_configs
 from tunesmith.model.capabilities import Support, probe_model
 from tunesmith.model.liger import apply_liger, check_liger, liger_options
 from tunesmith.model.load import check_vocabulary
+from tunesmith.train.arguments import (
+    check_arguments,
+    check_ids,
+    check_optimizer,
+    explains_arguments,
+    makes_labels,
+    num_embeddings,
+    unless_default,
+)
 from tunesmith.train.batching import EpochSampler
 from tunesmith.train.choose import keeps_masters, settled
 from tunesmith.train.collate import FlatCollator, PaddedCollator
@@ -69,6 +79,7 @@ class SFTTrainer(EvaluatingTrainer):
     Raises: ConfigError, DataError, ModelError before anything is trained.
     """
 
+    @explains_arguments
     def __init__(
         self,
         model: nn.Module | str | None = None,
@@ -90,6 +101,7 @@ class SFTTrainer(EvaluatingTrainer):
         optimizer_cls_and_kwargs: tuple | None = None,
         quantization_config: Any = None,
     ):
+        check_arguments(self, locals())
         args = modernized(as_sft_config(args))
         loss_kind(args.loss_type, args.label_smoothing_factor)  # wrong names are told before anything is loaded
         if args.use_liger_kernel:
@@ -98,6 +110,8 @@ class SFTTrainer(EvaluatingTrainer):
             allocator.tune()
         self.args, self.model_init, self._peft_config = args, model_init, peft_config
         self.choices: list[str] = []
+        if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            data_collator = unless_default(data_collator, self.choices.append)
         model = self._fresh_model(model, quantization_config)
         processing_class = processing_for(model, one_of(processing_class, tokenizer), args)
         self.tokenizer = tokenizer_in(processing_class)
@@ -110,6 +124,8 @@ class SFTTrainer(EvaluatingTrainer):
         self.reports: dict[str, Report] = {}
         self._formatting_func, self._label_with = formatting_func, labels_by(data_collator, args)
         self._own_batches = data_collator is None or self._label_with is not None
+        self._makes_labels = makes_labels(data_collator)
+        self._num_embeddings = num_embeddings(model)
         train_dataset = self._prepared("train_dataset", train_dataset)
         eval_dataset = self._prepared("eval_dataset", eval_dataset)
         args, lines = settled(args, model, train_dataset)
@@ -131,6 +147,8 @@ class SFTTrainer(EvaluatingTrainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        if optimizers[0] is not None:
+            check_optimizer(optimizers[0], model)
         if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
             raise ConfigError("optimizers and optimizer_cls_and_kwargs both name the optimizer. Give one of them.")
         self.model_init = model_init
@@ -177,6 +195,7 @@ class SFTTrainer(EvaluatingTrainer):
             formatting_func=self._formatting_func,
             label_with=self._label_with,
             own_collator=not self._own_batches,
+            makes_labels=self._makes_labels,
         )
         if self.tokenizer is None and not how.skip:
             raise ConfigError(
@@ -185,27 +204,29 @@ class SFTTrainer(EvaluatingTrainer):
             )
         if type(dataset) is dict:
             return prepared_mixture(name, dataset, how, self.reports)
+        check_ids(name, dataset, self._num_embeddings)
         self.reports[name] = Report()
         found = prepared(name, dataset, how, self.reports[name])
         if lost := self.reports[name].losses():
             logger.warning("%s: %s (trainer.reports has every row)", name, lost)
+        if how.packing and how.own_collator and not how.skip:
+            warnings.warn(
+                f"{name}: packed rows hold several documents, whose lengths are in seq_lengths. A data_collator of "
+                "yours has to keep them apart (position_ids that begin again); leave it out, or set packing=False.",
+                UserWarning,
+                stacklevel=5,
+            )
         if how.packing and not evaluation and not how.skip:
             found.infinite = self.args.max_steps > 0  # a stream begins again at its end; TRL's rows say so, too
         return found
 
     def _probe(self) -> Support:
         """Find out how this model may be fed, set the collator, and say what was chosen."""
-        support = self._measured()
-        if self.args.padding_free is False:
-            support = support._replace(layout="padded")
-        elif self.args.padding_free and support.layout == "padded":
-            raise ConfigError(f"padding_free: this model does not keep documents apart ({support.why}). Leave it out.")
-        if not self._own_batches:
-            support = support._replace(layout="padded")
-        elif support.layout == "padded":
+        support = self._asked(self._measured())
+        if self._own_batches and support.layout == "padded":
             pad = getattr(self.tokenizer, "pad_token_id", None)
             self.data_collator = PaddedCollator(0 if pad is None else pad, self.args.pad_to_multiple_of)
-        else:
+        elif self._own_batches:
             self.data_collator = FlatCollator(boundaries=support.layout == "documents")
         self._attention_configs = attention_configs(self.model) if support.layout == "documents" else []
         kind = "varlen flash attention" if self.args.device.type == "cuda" else "causal attention per document"
@@ -222,8 +243,20 @@ class SFTTrainer(EvaluatingTrainer):
             raise ModelError("no parameter of the model is trainable. Set requires_grad, or give a peft_config.")
         return support
 
+    def _asked(self, support: Support) -> Support:
+        """What the model supports, less what was not asked for."""
+        if self.args.padding_free and support.layout == "padded":
+            raise ConfigError(f"padding_free: this model does not keep documents apart ({support.why}). Leave it out.")
+        if self.args.padding_free is False or not self._own_batches:
+            return support._replace(layout="padded")
+        if self.has_own_loss and self.args.padding_free is None and not self.args.packing:
+            return support._replace(layout="padded", why="a loss of one's own may count on a row for each example")
+        return support
+
     def _measured(self) -> Support:
         """What the start-up check finds; a model that needs more than text may fail at it, if it need not be known."""
+        if not hasattr(self.model, "get_input_embeddings"):
+            return Support("padded", plain_head=False, why="a module of one's own")
         try:
             return probe_model(self.model)
         except Exception as error:
