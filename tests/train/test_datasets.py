@@ -341,9 +341,61 @@ def test_tokenized_rows_are_packed_only_if_asked_and_long_ones_are_counted():
     assert [(drop.reason, drop.line) for drop in dropping.drops] == [("too-long", 3)]
 
 
-def test_columns_of_unequal_length_are_an_error_with_the_row():
-    with pytest.raises(DataError, match=r"train_dataset row 1: .* found input_ids 2, labels 1\. Give every row"):
-        make([{"input_ids": [1, 2], "labels": [1]}])
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("labels", [[1], [1, 2]]),  # as many as ids in all
+        ("completion_mask", [[1], [1, 1]]),
+        ("attention_mask", [[1], [1, 1]]),
+        ("seq_lengths", [[1], [1, 1]]),
+    ],
+)
+def test_columns_of_unequal_length_are_an_error_with_the_row(column, values, kind):
+    rows = kind([{"input_ids": ids, column: some} for ids, some in zip([[1, 2], [3]], values)])
+    with pytest.raises(RowError, match=rf"train_dataset row 1: .* found input_ids 2, {column} 1\. Give every row"):
+        make(rows)
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list, TorchStream])
+def test_tokenized_rows_that_cannot_be_used_are_dropped_and_counted(kind):
+    report = Report()
+    rows = [
+        {"input_ids": [1, 2], "labels": [1, 2]},
+        {"input_ids": [3], "labels": [3, 4]},
+        {"input_ids": [], "labels": []},
+    ]
+    assert [row["input_ids"] for row in make(kind(rows), on_bad_row="skip", report=report)] == [[1, 2]]
+    assert [(drop.reason, drop.line) for drop in report.drops] == [("unequal-columns", 2), ("no-token", 3)]
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_rows_without_labels_among_others_that_have_them_are_trained_whole(kind):
+    rows = make(kind([{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3, 4], "labels": None}]))
+    assert rows["labels"][:] == [[-100, 2], [3, 4]]
+
+
+def test_rows_as_a_tokenizer_gives_tensors_lose_the_dimension_of_one():
+    assert make([{"input_ids": torch.tensor([[1, 2]])}])[0]["input_ids"] == [1, 2]
+    assert make(Dataset.from_dict({"input_ids": [[[1, 2]]]}))[0]["input_ids"] == [1, 2]
+
+
+def test_no_tokenized_row_at_all_is_an_error_that_names_the_dataset():
+    with pytest.raises(DataError, match=r"eval_dataset\[a\]: no rows were read"):
+        make(Dataset.from_dict({"input_ids": [], "labels": []}), name="eval_dataset[a]")
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list, TorchRows])
+def test_rows_that_come_packed_stay_so_and_are_shuffled_if_asked(kind):
+    rows = [{"input_ids": [i, i], "labels": [i, i], "seq_lengths": [1, 1]} for i in range(20)]
+    found = [row["input_ids"][0] for row in make(kind(rows), packing=True, shuffle=True)]
+    assert found != list(range(20))
+    assert sorted(found) == list(range(20))
+
+
+def test_packed_rows_and_single_documents_go_together():
+    rows = make([{"input_ids": [1, 2, 3], "seq_lengths": [1, 2]}, {"input_ids": [4, 5]}])
+    assert rows["seq_lengths"][:] == [[1, 2], [2]]
 
 
 # Formatting functions

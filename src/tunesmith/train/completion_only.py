@@ -9,7 +9,7 @@ ids where other text stands before it. A token that holds any part of a template
 
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import torch
@@ -20,6 +20,7 @@ from tunesmith.data import IGNORE_INDEX
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.lookup import did_you_mean
 from tunesmith.train.collate import FlatCollator
+from tunesmith.train.ready import as_list, labels_of
 from tunesmith.train.token_text import RowText, TokenText
 
 OnMissing = Literal["error", "warn", "skip"]
@@ -134,17 +135,6 @@ def _outermost(marks: list[Mark]) -> list[Mark]:
     return kept
 
 
-def as_list(values: Any, column: str) -> list:
-    """A row's numbers as a list; tokenizers asked for tensors put a dimension of 1 in front."""
-    numbers = torch.as_tensor(values)
-    numbers = numbers[0] if numbers.dim() == 2 and len(numbers) == 1 else numbers
-    if numbers.dim() != 1:
-        raise DataError(
-            f"a row's {column} has shape {tuple(numbers.shape)}. Give one row at a time, a list of numbers."
-        )
-    return numbers.tolist()
-
-
 class LabelsForReport:
     """Labels for rows whose drops are reported one by one: a missing template warns at the first row only."""
 
@@ -242,9 +232,8 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         _check_row(example, given)
         mask = given.setdefault("attention_mask", [1] * len(given["input_ids"]))
         ids = [one for one, is_real in zip(given["input_ids"], mask) if is_real]
-        edges = accumulate(given.get("seq_lengths", [len(ids)]), initial=0)
-        labels = [label for start, stop in pairwise(edges) for label in self.labels_or_masked(ids[start:stop])]
-        return {**given, "input_ids": ids, "labels": labels}
+        given["input_ids"] = ids
+        return {**given, "labels": labels_of(given, self.labels_or_masked)}
 
     def labels_or_masked(self, ids: list[int]) -> list[int]:
         """As `labels_for`, but a missing template is an error, a warning or nothing, as `on_missing_template` says."""
