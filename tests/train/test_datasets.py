@@ -526,8 +526,18 @@ def test_documents_are_labelled_by_a_given_function_before_they_are_packed():
     def refuse(tokens):
         raise DataError("no template")
 
-    with pytest.raises(DataError, match=r"^train_dataset row 1: no template$"):
-        make([{"text": "a: b"}], packing=True, label_with=refuse)
+    for row in ({"text": "a: b"}, {"input_ids": ids("a: b")}):
+        for packing in (True, False):
+            with pytest.raises(DataError, match=r"^train_dataset row 1: no template$"):
+                make([row], packing=packing, label_with=refuse)
+
+
+def test_a_row_that_is_dropped_does_not_count_as_changed():
+    report, tokenizer = Report(), tiny.make_bpe_tokenizer()
+    short, long = ([CHAT[0], {"role": "assistant", "content": text}] for text in ("\nb", "\nb" * 40))
+    make([{"messages": short}, {"messages": long}], tokenizer=tokenizer, too_long="drop", report=report)
+    assert [(change.reason, change.line) for change in report.changes] == [("split-at-boundary", 1)]
+    assert [(drop.reason, drop.line) for drop in report.drops] == [("too-long", 2)]
 
 
 # Batches and processes
@@ -623,7 +633,7 @@ def test_a_mixture_is_packed_as_a_whole():
 def test_a_mixture_that_cannot_be_is_an_error():
     with pytest.raises(ConfigError, match=r"weights: none is given for b"):
         mixture({"a": TEXTS, "b": TEXTS}, mixture_weights={"a": 1})
-    with pytest.raises(ConfigError, match=r"mixture_stop is 'first' or 'all', not 'last'"):
+    with pytest.raises(ConfigError, match=r"mixture_stop\) is 'first' or 'all', not 'last'"):
         mixture({"a": TEXTS}, mixture_stop="last")
     with pytest.raises(ConfigError, match=r"train_dataset\[a\] is a dict of datasets"):
         mixture({"a": DatasetDict({"train": TEXTS})})

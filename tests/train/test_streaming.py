@@ -217,9 +217,11 @@ def test_the_report_of_a_long_stream_stays_short():
     part.read = 600
     for line in range(600):
         part.dropped("too-long", Row({}, "train_dataset", line))
+        part.changed("cut", Row({}, "train_dataset", line))
     for _ in range(3):
         report.add(part, limit=1000)
-    assert (report.read, report.num_dropped, len(report.drops)) == (1800, 1800, 1000)
+    assert (report.read, report.num_dropped, len(report.drops), len(report.changes)) == (1800, 1800, 1000, 1000)
+    assert "1,400 changed" in report.table()  # repeats count once among those listed
 
 
 # trainer: M2

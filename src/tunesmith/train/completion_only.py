@@ -8,7 +8,7 @@ ids where other text stands before it. A token that holds any part of a template
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
@@ -143,15 +143,12 @@ class LabelsForReport:
 
     def __call__(self, ids: list[int]) -> list[int]:
         """Labels of one document; all masked where its template is missing."""
-        try:
-            return self.collator.labels_for(ids)
-        except TemplateNotFound as missing:
-            if self.collator.on_missing_template == "error":
-                raise
-            if self.collator.on_missing_template == "warn" and not self.warned:
-                self.warned = True
-                warnings.warn(missing.as_warning, UserWarning, stacklevel=2)
-            return [IGNORE_INDEX] * len(ids)
+        return self.collator.labels_or_masked(ids, self._warn)
+
+    def _warn(self, text: str) -> None:
+        if not self.warned:
+            self.warned = True
+            warnings.warn(text, UserWarning, stacklevel=4)
 
 
 class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
@@ -235,7 +232,7 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         given["input_ids"] = ids
         return {**given, "labels": labels_of(given, self.labels_or_masked)}
 
-    def labels_or_masked(self, ids: list[int]) -> list[int]:
+    def labels_or_masked(self, ids: list[int], warn: Callable[[str], None] = warnings.warn) -> list[int]:
         """As `labels_for`, but a missing template is an error, a warning or nothing, as `on_missing_template` says."""
         try:
             return self.labels_for(ids)
@@ -243,7 +240,7 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
             if self.on_missing_template == "error":
                 raise
             if self.on_missing_template == "warn":
-                warnings.warn(missing.as_warning, UserWarning, stacklevel=2)
+                warn(missing.as_warning)
             return [IGNORE_INDEX] * len(ids)
 
     def _padded(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.errors import ConfigError, DataError
+from tunesmith.train.streaming import splits_itself
 
 logger = logging.getLogger(__name__)
 TOO_FEW = (
@@ -35,7 +36,7 @@ class ConstantLengthDataset(IterableDataset):
     Args:
         tokenizer: of the texts.
         dataset: rows; each has a text, or `input_ids`. An iterable that can be read again: each worker of a DataLoader
-            takes its part of it, but a torch IterableDataset (as those of `datasets`) shares itself out among them.
+            takes its part of it, unless the iterable itself asks who the worker is (as streams of `datasets` do).
         dataset_text_field: column with the text, or with ids. Rows whose dataset has a column `input_ids` need
             neither this nor `formatting_func`.
         formatting_func: makes the text (or ids) of one row; goes before `dataset_text_field`.
@@ -147,7 +148,7 @@ class ConstantLengthDataset(IterableDataset):
     def _share(self) -> Iterator[Any]:
         """The rows that this worker of a DataLoader reads; all if there is none."""
         worker = get_worker_info()
-        if worker is None or isinstance(self.dataset, IterableDataset):
+        if worker is None or splits_itself(self.dataset):
             return iter(self.dataset)
         return islice(self.dataset, worker.id, None, worker.num_workers)
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from tunesmith.data.encode import encode_batches
-from tunesmith.data.mix import plan_mixture, shares_of
+from tunesmith.data.mix import check_stop, places, plan_mixture, shares_of
 from tunesmith.data.normalize import Example, fingerprint
 from tunesmith.data.pack import TOKEN_COLUMNS, pack
 from tunesmith.data.prepare import TOKEN_TYPES, as_dataset, batched, joined, note_duplicates
@@ -68,8 +68,7 @@ def prepared_mixture(name: str, parts: Mapping[str, Any], how: Preparation, repo
         raise ConfigError(f"{name}: skip_prepare_dataset leaves nothing to mix. Give one dataset, see mix_datasets.")
     names = list(parts)
     shares = None if how.mixture_weights is None else shares_of(how.mixture_weights, names)
-    if how.mixture_stop not in ("first", "all"):
-        raise ConfigError(f"dataset_kwargs: mixture_stop is 'first' or 'all', not {how.mixture_stop!r}.")
+    check_stop(how.mixture_stop)
     found = []
     for key, part in parts.items():
         label = f"{name}[{key}]"
@@ -220,12 +219,10 @@ def _mixed(name: str, parts: list[Any], shares: np.ndarray | None, how: Preparat
         ]
         return MixedStream(streams, shares, how.seed, how.mixture_stop)
     tables = [_plain_rows(name, part, how) for part in parts]
-    sizes = [len(table) for table in tables]
-    whole = joined(tables)
     if shares is None:
-        return whole
-    plan = plan_mixture(sizes, shares, how.seed, how.mixture_stop)
-    return whole.select((np.cumsum(sizes) - sizes)[plan[:, 0]] + plan[:, 1])
+        return joined(tables)
+    sizes = [len(table) for table in tables]
+    return joined(tables).select(places(plan_mixture(sizes, shares, how.seed, how.mixture_stop), sizes))
 
 
 def _plain_rows(name: str, part: Any, how: Preparation) -> datasets.Dataset:

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tunesmith.data import IGNORE_INDEX
-from tunesmith.data.encode import fit
+from tunesmith.data.encode import fit, own_labels
+from tunesmith.data.normalize import Example
 from tunesmith.data.pack import TOKEN_COLUMNS, list_array
 from tunesmith.data.prepare import as_dataset, batched, joined
 from tunesmith.data.report import Report
@@ -65,6 +66,7 @@ def fitted(row: Row, how: Preparation, report: Report) -> Tokens | None:
     Returns: `None` for a row that is dropped; the report counts it either way.
     """
     report.read += 1
+    place: Example = {"source": row.source, "line": row.line}
     try:
         tokens: Tokens | None = token_row(row, how.train_on)
     except RowError as error:
@@ -76,9 +78,9 @@ def fitted(row: Row, how: Preparation, report: Report) -> Tokens | None:
         report.dropped("no-token", row)
         return None
     if how.packing and "seq_lengths" not in tokens:
-        tokens = fit({"source": row.source, "line": row.line}, tokens, how.tokenizer, how.encoding, report)
+        tokens = fit(place, tokens, how.tokenizer, how.encoding, report)
     elif how.label_with is not None:
-        tokens["labels"] = labels_of(tokens, how.label_with)
+        tokens["labels"] = labels_of(tokens, lambda ids: own_labels(place, ids, how.label_with))
     if tokens is not None:
         report.kept += 1
         report.add_tokens([tokens])
