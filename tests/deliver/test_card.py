@@ -125,6 +125,14 @@ def test_rows_tokens_options_and_figures_are_shown(write, args):
     assert "hf_secret" not in text
 
 
+def test_a_zero_is_shown_and_what_was_not_counted_is_not(write, tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, seed=0)
+    _, text = write(args=args, reports={"train_dataset": report(), "eval_dataset": Report()})
+    assert "| seed | 0 |" in text
+    assert "\n| train |" in text
+    assert "\n| eval |" not in text
+
+
 def test_versions_are_listed(write):
     import transformers
 
