@@ -131,13 +131,13 @@ def path_in(folder: Path) -> Path:
     return folder / BESIDE
 
 
-def tag_model(model: Any, extra: Sequence[str] = ()) -> list[str]:
-    """Put `TAGS`, `unsloth` where it applies, and `extra` into `model.model_tags`; the tags there now.
+def tag_model(model: Any) -> list[str]:
+    """Put `TAGS`, and `unsloth` where it applies, into `model.model_tags`; the tags there now.
 
     They go to the model inside a `PeftModel`, through which they are seen, and where peft's own card looks for them.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inner.model_tags = list(dict.fromkeys([*model_tags(model), *extra]))
+    inner.model_tags = model_tags(model)
     return inner.model_tags
 
 

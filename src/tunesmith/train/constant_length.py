@@ -17,13 +17,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.errors import ConfigError, DataError
+from tunesmith.train.reading import NOT_PACKED
 from tunesmith.train.streaming import splits_itself
 
 logger = logging.getLogger(__name__)
-TOO_FEW = (
-    "Error occurred while packing the dataset. Make sure that your dataset has enough samples to at least yield one "
-    "packed sequence."
-)
 Sample = str | list[int]
 
 
@@ -109,7 +106,7 @@ class ConstantLengthDataset(IterableDataset):
             if not num_read:
                 if get_worker_info() is not None:
                     return  # more workers than rows
-                raise DataError(f"{TOO_FEW} A pass over it read no token; a generator can be read only once.")
+                raise DataError(f"{NOT_PACKED} A pass over it read no token; a generator can be read only once.")
 
     def _one_pass(self, rest: list[int]) -> Generator[dict[str, Tensor], None, tuple[int, list[int]]]:
         """Yield the rows of a pass, the first beginning with `rest`; tokens read, and those that made no full row."""
