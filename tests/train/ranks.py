@@ -21,6 +21,7 @@ RUNS = {
     "weighted": {"rows": LENGTHS + LENGTHS[:1], "weights": True},
     "shuffled": {"rows": LENGTHS * 3, "train_sampling_strategy": "random", "max_grad_norm": 1.0},
     "checkpointed": {"rows": LENGTHS, "gradient_checkpointing": True},
+    "streamed": {"rows": LENGTHS * 2, "stream": True, "max_steps": 3, "num_train_epochs": 3},
     "lora": {"rows": LENGTHS + LENGTHS[:3], "lora": True},
 }
 SHOWN = ("loss", "grad_norm", "mean_token_accuracy", "entropy", "num_tokens")
@@ -30,6 +31,8 @@ def curve(name: str, folder: Path, ranks: int) -> dict:
     """What a run logs, what its model scores, and a sum over its weights."""
     options = dict(RUNS[name])
     rows = token_rows(options.pop("rows"), weights=options.pop("weights", False))
+    if options.pop("stream", False):
+        rows = rows.to_iterable_dataset()
     if options.pop("lora", False):
         options["peft_config"] = LoraConfig(**LORA)
     batch = 8 // ranks // options.get("gradient_accumulation_steps", 1)
@@ -40,9 +43,8 @@ def curve(name: str, folder: Path, ranks: int) -> dict:
         folder / name,
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=2,
-        num_train_epochs=2,
         eval_dataset=token_rows((7, 12, 5)),
-        **options,
+        **{"num_train_epochs": 2, **options},
     )
     trainer.train()
     scores = trainer.evaluate()

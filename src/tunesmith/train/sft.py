@@ -91,9 +91,9 @@ class SFTTrainer(EvaluatingTrainer):
         quantization_config: Any = None,
     ):
         args = modernized(as_sft_config(args))
-        loss_kind(args.loss_type, args.label_smoothing_factor)  # wrong names are told before anything is loaded
-        if args.use_liger_kernel:
-            check_liger(args.liger_kernel_config)
+        check_unloaded(args)
+        if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
+            raise ConfigError("optimizers and optimizer_cls_and_kwargs both name the optimizer. Give one of them.")
         if args.device.type == "cpu":
             allocator.tune()
         self.args, self.model_init, self._peft_config = args, model_init, peft_config
@@ -131,8 +131,6 @@ class SFTTrainer(EvaluatingTrainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
-            raise ConfigError("optimizers and optimizer_cls_and_kwargs both name the optimizer. Give one of them.")
         self.model_init = model_init
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs  # Seq2SeqTrainer does not pass it on
         if use_cache is not None:
@@ -315,6 +313,13 @@ class SFTTrainer(EvaluatingTrainer):
                 reports=self.reports,
                 log_history=self.state.log_history,
             )
+
+
+def check_unloaded(args: SFTConfig) -> None:
+    """Raise ConfigError for what can be told to be wrong before a model is loaded."""
+    loss_kind(args.loss_type, args.label_smoothing_factor)
+    if args.use_liger_kernel:
+        check_liger(args.liger_kernel_config)
 
 
 def labels_by(data_collator: Any, args: SFTConfig) -> Callable[[list[int]], list[int]] | None:
