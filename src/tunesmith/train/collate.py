@@ -19,14 +19,19 @@ class FlatCollator:
 
     Rows have `input_ids` and `labels`, optionally `weights`, and `seq_lengths` when they are packed.
     `boundaries=True` adds what document attention reads: `document_lengths` (host), `cu_seq_lens_q`, `cu_seq_lens_k`.
+    `pad_to_multiple_of` adds a last document that trains nothing, for a total that is a multiple of it.
     """
 
-    def __init__(self, boundaries: bool = True):
-        self.boundaries = boundaries
+    def __init__(self, boundaries: bool = True, pad_to_multiple_of: int | None = None):
+        self.boundaries, self.pad_to_multiple_of = boundaries, pad_to_multiple_of
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One flat batch."""
-        documents = [document for row in rows for document in split_documents(row)] or [nothing()]
+        documents = [document for row in rows for document in split_documents(row)]
+        num_tokens = sum(len(document["input_ids"]) for document in documents)
+        missing = -num_tokens % self.pad_to_multiple_of if self.pad_to_multiple_of else 0
+        missing = missing or int(not documents)
+        documents += [nothing(missing)] * (missing > 0)
         input_ids = torch.cat([document["input_ids"] for document in documents])
         labels = torch.cat([first_masked(document["labels"]) for document in documents])
         lengths = [len(document["input_ids"]) for document in documents]
@@ -34,7 +39,7 @@ class FlatCollator:
             "input_ids": input_ids.unsqueeze(0),
             "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
             "labels": labels.unsqueeze(0),
-            "num_tokens": len(input_ids) if rows else 0,
+            "num_tokens": num_tokens,
             **loss_positions(labels.unsqueeze(0), joined_weights(documents)),
         }
         if self.boundaries:
@@ -71,9 +76,9 @@ class PaddedCollator:
         }
 
 
-def nothing() -> dict[str, Tensor]:
-    """One token that trains nothing: the batch of a process for which no row is left (`batching.RankBatches`)."""
-    return {"input_ids": torch.zeros(1, dtype=torch.int64), "labels": torch.full((1,), IGNORE_INDEX)}
+def nothing(length: int = 1) -> dict[str, Tensor]:
+    """Tokens that train nothing: the batch of a process for which no row is left (`batching.RankBatches`), or padding."""
+    return {"input_ids": torch.zeros(length, dtype=torch.int64), "labels": torch.full((length,), IGNORE_INDEX)}
 
 
 def split_documents(row: dict[str, Any]) -> list[dict[str, Tensor]]:

@@ -204,7 +204,7 @@ class SFTTrainer(EvaluatingTrainer):
             pad = getattr(self.tokenizer, "pad_token_id", None)
             self.data_collator = PaddedCollator(0 if pad is None else pad, self.args.pad_to_multiple_of)
         else:
-            self.data_collator = FlatCollator(boundaries=support.layout == "documents")
+            self.data_collator = FlatCollator(support.layout == "documents", self.args.pad_to_multiple_of)
         self._attention_configs = attention_configs(self.model) if support.layout == "documents" else []
         kind = "varlen flash attention" if self.args.device.type == "cuda" else "causal attention per document"
         said = {
