@@ -382,3 +382,10 @@ def test_a_token_budget_keeps_the_order_where_it_is_asked_to(
         orders.append([batch["document_lengths"] for batch in loader])
     assert (orders[0] == orders[1]) is same
     assert sorted(orders[0]) == sorted(orders[1])
+
+
+def test_a_batch_without_labels_is_an_error(tiny_model, byte_tokenizer, tmp_path):
+    collator = lambda rows: {"input_ids": torch.tensor([[1, 2, 3]] * len(rows))}  # noqa: E731
+    trainer = make_trainer(tiny_model, byte_tokenizer, token_rows(), tmp_path, data_collator=collator)
+    with pytest.raises(ConfigError, match="its batch has no labels, only input_ids"):
+        trainer.train()

@@ -5,7 +5,7 @@ flat    input_ids  (1, T)   | doc 1 ......... | doc 2 ... | doc 3 ..... |
         loss_index           positions whose *next* token is trained, loss_targets those tokens
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,8 +76,25 @@ class PaddedCollator:
         }
 
 
+class LocatedCollator:
+    """A caller's collator, with the places of the loss and the number of tokens found on the host, as ours do."""
+
+    def __init__(self, collator: Callable[[Sequence[Any]], Mapping[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """The caller's batch with `loss_index`, `loss_targets` and `num_tokens` beside."""
+        batch = dict(self.collator(rows))
+        if isinstance(batch.get("labels"), Tensor) and batch["labels"].dim() == 2:
+            batch = loss_positions(batch["labels"]) | batch
+        counted = batch.get("attention_mask")
+        if isinstance(counted, Tensor) and counted.dim() == 2:
+            batch.setdefault("num_tokens", int(counted.sum()))
+        return batch
+
+
 def nothing(length: int = 1) -> dict[str, Tensor]:
-    """Tokens that train nothing: the batch of a process for which no row is left (`batching.RankBatches`), or padding."""
+    """Tokens that train nothing: padding, or the batch of a process for which no row is left (`RankBatches`)."""
     return {"input_ids": torch.zeros(length, dtype=torch.int64), "labels": torch.full((length,), IGNORE_INDEX)}
 
 

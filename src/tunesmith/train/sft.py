@@ -21,7 +21,7 @@ from tunesmith.model.liger import apply_liger, check_liger, liger_options
 from tunesmith.model.load import check_vocabulary
 from tunesmith.train.batching import EpochSampler
 from tunesmith.train.choose import keeps_masters, settled
-from tunesmith.train.collate import FlatCollator, PaddedCollator
+from tunesmith.train.collate import FlatCollator, LocatedCollator, PaddedCollator
 from tunesmith.train.completion_only import DataCollatorForCompletionOnlyLM, LabelsForReport
 from tunesmith.train.datasets import prepared, prepared_mixture
 from tunesmith.train.evaluation import EvaluatingTrainer
@@ -247,15 +247,15 @@ class SFTTrainer(EvaluatingTrainer):
                 raise ConfigError(
                     "tokens_per_batch needs the lengths of all rows, which a stream does not tell. Remove it."
                 )
-            return stream_loader(dataset, args.train_batch_size, self._collator("training"), args)
+            return stream_loader(dataset, args.train_batch_size, self._collator("training", dataset), args)
         if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             return super().get_train_dataloader()
-        if not self._own_batches:  # it cannot make a batch of no rows, so transformers shares them out
-            if args.tokens_per_batch is None:
-                return super().get_train_dataloader()
-            if args.world_size > 1:
+        if not self._own_batches and args.world_size > 1:  # no batch of no rows, so transformers shares them out
+            if args.tokens_per_batch is not None:
                 raise ConfigError("tokens_per_batch: with a data_collator of your own only on one process. Remove it.")
-        return loader(self._read(dataset, "training"), train_batches(dataset, args), self.data_collator, args)
+            return super().get_train_dataloader()
+        batches = train_batches(dataset, args)
+        return loader(self._read(dataset, "training"), batches, self._collator("training", dataset), args)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -274,12 +274,11 @@ class SFTTrainer(EvaluatingTrainer):
         if dataset is None:
             raise ConfigError("eval_dataset is missing. Give it to SFTTrainer or to evaluate().")
         if isinstance(dataset, IterableDataset | datasets.IterableDataset):
-            return stream_loader(dataset, self.args.eval_batch_size, self._collator("evaluation"), self.args)
-        if not self._own_batches:
+            return stream_loader(dataset, self.args.eval_batch_size, self._collator("evaluation", dataset), self.args)
+        if not self._own_batches and self.args.world_size > 1:
             return super().get_eval_dataloader(eval_dataset)
-        return loader(
-            self._read(dataset, "evaluation"), eval_batches(dataset, self.args), self.data_collator, self.args
-        )
+        batches, collate = eval_batches(dataset, self.args), self._collator("evaluation", dataset)
+        return loader(self._read(dataset, "evaluation"), batches, collate, self.args)
 
     def _read(self, dataset: Any, description: str) -> Any:
         """Without the columns that no collator reads."""
@@ -287,10 +286,13 @@ class SFTTrainer(EvaluatingTrainer):
             return self._remove_unused_columns(dataset, description)
         return dataset
 
-    def _collator(self, description: str) -> Callable:
+    def _collator(self, description: str, dataset: Any) -> Callable:
+        """Our collator, or the caller's with what ours find out; it sees the columns that transformers keeps."""
         if self._own_batches:
             return self.data_collator
-        return self._get_collator_with_removed_columns(self.data_collator, description)
+        is_table = isinstance(dataset, datasets.Dataset)  # `_read` has removed its columns
+        given = self.data_collator
+        return LocatedCollator(given if is_table else self._get_collator_with_removed_columns(given, description))
 
     # ---- after ---------------------------------------------------------------------------------------------------
 

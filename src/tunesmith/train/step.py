@@ -12,6 +12,7 @@ from transformers import Seq2SeqTrainer
 from transformers.trainer_utils import TrainOutput
 
 from tunesmith.data import IGNORE_INDEX
+from tunesmith.errors import ConfigError
 from tunesmith.model.attention import documents_attend
 from tunesmith.model.capabilities import Support, output_head
 from tunesmith.model.lora import loraplus_groups, save_plain_lora
@@ -71,6 +72,11 @@ class TokenTrainer(Seq2SeqTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch; returns its share of the step's loss."""
+        if "labels" not in inputs:
+            raise ConfigError(
+                f"data_collator: its batch has no labels, only {', '.join(inputs)}. Add labels of the shape of "
+                "input_ids, -100 where the loss does not count."
+            )
         if self._tokens_before is None:
             self._tokens_before = self.state.num_input_tokens_seen  # from the checkpoint, if there was one
         self.tokens_seen += real_tokens(inputs)
@@ -80,7 +86,9 @@ class TokenTrainer(Seq2SeqTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """On the device, with the places of the loss, which our collators have found already."""
         inputs = super()._prepare_inputs(inputs)
-        return inputs if "loss_index" in inputs else {**inputs, **loss_positions(inputs["labels"])}
+        if "loss_index" in inputs or "labels" not in inputs:
+            return inputs
+        return {**inputs, **loss_positions(inputs["labels"])}
 
     def _attention(self, inputs: dict[str, Any]) -> AbstractContextManager:
         """Document attention, for batches that say where documents end."""
