@@ -72,11 +72,6 @@ class TokenTrainer(Seq2SeqTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch; returns its share of the step's loss."""
-        if "labels" not in inputs:
-            raise ConfigError(
-                f"data_collator: its batch has no labels, only {', '.join(inputs)}. Add labels of the shape of "
-                "input_ids, -100 where the loss does not count."
-            )
         if self._tokens_before is None:
             self._tokens_before = self.state.num_input_tokens_seen  # from the checkpoint, if there was one
         self.tokens_seen += real_tokens(inputs)
@@ -232,6 +227,11 @@ def step_weight(inputs: dict[str, Any]) -> Tensor | float:
         return inputs["loss_weights"].sum().clamp(min=1e-12)
     if "loss_targets" in inputs:
         return max(inputs["loss_targets"].numel(), 1e-12)
+    if "labels" not in inputs:
+        raise ConfigError(
+            f"data_collator: its batch has no labels, only {', '.join(inputs)}. Add labels of the shape of "
+            "input_ids, -100 where the loss does not count."
+        )
     return (inputs["labels"][..., 1:] != IGNORE_INDEX).sum().clamp(min=1e-12)
 
 
