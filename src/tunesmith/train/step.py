@@ -20,6 +20,7 @@ from tunesmith.train.collate import loss_positions
 from tunesmith.train.head import HeadLoss, loss_in_head
 from tunesmith.train.loss import PLAIN, TokenLoss, loss_kind
 from tunesmith.train.neftune import EmbeddingNoise, noisy_embeddings
+from tunesmith.train.processing import mend_special_ids, special_ids
 
 HOST_KEYS = ("labels", "loss_index", "loss_targets", "loss_weights", "num_tokens", "skip_logits")
 FIGURES = ("correct", "entropy", "count", "nll", "weight")
@@ -52,6 +53,7 @@ class TokenTrainer(Seq2SeqTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; arguments as in transformers: `resume_from_checkpoint`, `trial`, `ignore_keys_for_eval`."""
         self.tokens_seen, self._tokens_before = 0, None
+        self._special_ids = special_ids(self.model)
         self._figures = torch.zeros(len(FIGURES), device=self.args.device)
         try:
             output = super().train(*args, **kwargs)
@@ -65,6 +67,7 @@ class TokenTrainer(Seq2SeqTrainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """With noise on the embeddings of the model that trains, which `train` may have made anew."""
         model = self.accelerator.unwrap_model(self.model)
+        mend_special_ids(model, self._special_ids)
         with noisy_embeddings(model, self.args.neftune_noise_alpha) as self._noise:
             return super()._inner_training_loop(*args, **kwargs)
 
