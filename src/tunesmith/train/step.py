@@ -185,7 +185,7 @@ class TokenTrainer(Seq2SeqTrainer):
                 logs |= {"mean_token_accuracy": found["correct"] / count, "entropy": found["entropy"] / count}
                 if self.loss_kind != PLAIN:
                     logs["nll"] = found["nll"] / max(found["weight"], 1e-12)
-        if "train_loss" in logs:
+        if {"train_loss", "train_samples_per_second", "train_steps_per_second"} <= logs.keys():
             self._count_this_session(logs)
         super().log(logs, start_time)
 
