@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from tests.tiny import make_byte_tokenizer, make_tiny_model
 from tests.train.rows import LENGTHS, make_trainer, token_rows
@@ -54,11 +55,30 @@ def curve(name: str, folder: Path, ranks: int) -> dict:
     return {"logged": logged, "scored": scored, "weights": weights}
 
 
+def resumed(folder: Path) -> dict:
+    """Losses of a run on an adapter that borrows from its base, of its second half run again, and the saved rank."""
+    options = {"per_device_train_batch_size": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    options["peft_config"] = LoraConfig(**LORA, init_lora_weights="pissa")
+    trainers = [
+        make_trainer(make_tiny_model(), make_byte_tokenizer(), token_rows(), folder, **options) for _ in range(2)
+    ]
+    trainers[0].train()
+    trainers[0].save_model()
+    torch.distributed.barrier()
+    trainers[1].train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    weights = load_file(folder / "adapter_model.safetensors")
+    return {
+        "losses": [[line["loss"] for line in trainer.state.log_history if "loss" in line] for trainer in trainers],
+        "saved_ranks": sorted({value.shape[0] for name, value in weights.items() if "lora_A" in name}),
+    }
+
+
 def main(folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     curves = {name: curve(name, Path(folder), ranks) for name in RUNS}
+    curves["resumed"] = resumed(Path(folder) / "resumed")
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(curves), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
