@@ -36,10 +36,10 @@ def build(adapter):
     return get_peft_model(model, LORA) if adapter else model
 
 
-def trainer_for(model, tokenizer, rows, folder, **options):
+def trainer_for(model, tokenizer, rows, folder, lora=None, **options):
     defaults = {"bf16": False, "use_cpu": True, "save_strategy": "no", "train_sampling_strategy": "sequential"}
     args = SFTConfig(output_dir=str(folder), **{**defaults, **options})
-    return SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    return SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
 
 
 def plain_loss_and_norm(model, rows):
@@ -77,6 +77,18 @@ def test_thirty_steps_lower_held_out_loss(tokenizer, rows, tmp_path):
     before = trainer.evaluate(held_out)["eval_loss"]
     trainer.train()
     assert trainer.evaluate(held_out)["eval_loss"] < before - 0.05
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_an_adapter_trains_on_a_base_of_few_bits(tokenizer, rows, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    few = rows.filter(lambda row: len(row["input_ids"]) <= 64).select(range(4))
+    options = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    trainer = trainer_for(FOLDER, tokenizer, few, tmp_path, model_init_kwargs={bits: True}, lora=LORA, **options)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert trainer.support.layout == "documents"
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_every_demo_row_trains_exactly_its_answer(tokenizer, rows):
