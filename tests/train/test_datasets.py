@@ -1,6 +1,7 @@
 """Every kind of dataset becomes token rows whose ids and labels are written out here: one byte is one id."""
 
 import json
+import random
 import sys
 from multiprocessing.context import SpawnProcess
 from multiprocessing.spawn import get_preparation_data
@@ -373,6 +374,30 @@ def test_tokenized_rows_that_cannot_be_used_are_dropped_and_counted(kind):
 def test_rows_without_labels_among_others_that_have_them_are_trained_whole(kind):
     rows = make(kind([{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3, 4], "labels": None}]))
     assert rows["labels"][:] == [[-100, 2], [3, 4]]
+
+
+def picked(rows):
+    """A table of more rows, in chunks, of which an index picks these."""
+    part = Dataset.from_list(rows)
+    return datasets.concatenate_datasets([part, part]).select([i + len(rows) * (i % 2) for i in range(len(rows))])
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_tokenized_rows_are_the_same_from_a_list_a_table_and_a_stream(seed):
+    draw = random.Random(seed)
+    columns = {"labels": [-100, 5], "completion_mask": [0, 1], "attention_mask": [0, 1, 1, 1], "weights": [0.5, 2.0]}
+    present = [name for name in columns if draw.random() < 0.5]
+    rows = []
+    for length in draw.choices(range(1, 6), k=3):
+        values = {name: draw.choices(columns[name], k=length) for name in present}
+        rows.append({"input_ids": draw.choices(range(200), k=length), **values})
+
+    def outcome(dataset):
+        report = Report()
+        found = [(row["input_ids"], row["labels"], row.get("weights")) for row in make(dataset, report=report)]
+        return found, report.num_tokens, report.num_trained, report.num_dropped
+
+    assert outcome(rows) == outcome(Dataset.from_list(rows)) == outcome(picked(rows)) == outcome(TorchStream(rows))
 
 
 def test_rows_as_a_tokenizer_gives_tensors_lose_the_dimension_of_one():

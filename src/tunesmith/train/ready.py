@@ -55,7 +55,7 @@ def refitted(name: str, dataset: Any, how: Preparation, report: Report) -> datas
         parts.append(as_dataset(kept))
         lengths += [tokens.get("seq_lengths") or [len(tokens["input_ids"])] for tokens in kept]
         is_packed = is_packed or any("seq_lengths" in tokens for tokens in kept)
-    if how.packing or not report.kept:
+    if not report.kept:
         check_report(name, report, how.packing)
     return joined(parts).add_column("seq_lengths", lengths) if is_packed else joined(parts)
 
