@@ -187,7 +187,8 @@ class SFTTrainer(EvaluatingTrainer):
         found = prepared(name, dataset, how, self.reports[name])
         if lost := self.reports[name].losses():
             logger.warning("%s: %s (trainer.reports has every row)", name, lost)
-        if how.packing and not evaluation and not how.skip:
+        ours = found is not dataset or hasattr(found, "infinite")
+        if how.packing and not evaluation and ours:
             found.infinite = self.args.max_steps > 0  # a stream begins again at its end; TRL's rows say so, too
         return found
 
