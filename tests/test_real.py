@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from tests.real import FOLDER, needs_model, shared_data
 from tunesmith.data.load import load_rows
-from tunesmith.data.prepare import prepare
+from tunesmith.data.prepare import encode_examples, read_examples
 from tunesmith.data.report import Report
 from tunesmith.model.load import load_model, load_tokenizer
 from tunesmith.train.options import SFTConfig
@@ -26,7 +26,8 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def rows(tokenizer):
     report = Report()
-    return prepare(load_rows(shared_data("alpaca_en_demo.json"), report=report), tokenizer, report, max_length=1024)
+    examples = read_examples(load_rows(shared_data("alpaca_en_demo.json"), report=report), report)
+    return encode_examples(examples, tokenizer, report, max_length=1024)
 
 
 def build(adapter):
@@ -35,10 +36,10 @@ def build(adapter):
     return get_peft_model(model, LORA) if adapter else model
 
 
-def trainer_for(model, tokenizer, rows, folder, **options):
+def trainer_for(model, tokenizer, rows, folder, lora=None, **options):
     defaults = {"bf16": False, "use_cpu": True, "save_strategy": "no", "train_sampling_strategy": "sequential"}
     args = SFTConfig(output_dir=str(folder), **{**defaults, **options})
-    return SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    return SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
 
 
 def plain_loss_and_norm(model, rows):
@@ -76,6 +77,18 @@ def test_thirty_steps_lower_held_out_loss(tokenizer, rows, tmp_path):
     before = trainer.evaluate(held_out)["eval_loss"]
     trainer.train()
     assert trainer.evaluate(held_out)["eval_loss"] < before - 0.05
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_an_adapter_trains_on_a_base_of_few_bits(tokenizer, rows, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    few = rows.filter(lambda row: len(row["input_ids"]) <= 64).select(range(4))
+    options = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    trainer = trainer_for(FOLDER, tokenizer, few, tmp_path, model_init_kwargs={bits: True}, lora=LORA, **options)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert trainer.support.layout == "documents"
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_every_demo_row_trains_exactly_its_answer(tokenizer, rows):

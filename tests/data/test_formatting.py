@@ -137,3 +137,14 @@ def test_the_row_on_which_a_function_fails_is_named():
     kept = formatter([ROWS[0], bad, ROWS[1]], lambda row, error: left_out.append((row.line, error.reason)))
     assert [row.line for row in kept] == [1, 2]
     assert left_out == [(17, "formatting-failed")]
+
+
+@pytest.mark.parametrize("function", [picky, lambda row: "Q: " + row["question"]])
+def test_bad_rows_among_the_first_may_be_skipped(function):
+    bad = Row({"question": None, "answer": "?"}, "train", 17)
+    left_out = []
+    kept = Formatter(function)([bad, *ROWS], lambda row, error: left_out.append(row.line))
+    assert [row.line for row in kept] == [row.line for row in ROWS]
+    assert left_out == [17]
+    with pytest.raises(RowError, match=r"^train row 17: formatting_func .* fits no rows"):
+        Formatter(function)([bad, *ROWS])

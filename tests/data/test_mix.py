@@ -92,5 +92,15 @@ def test_parts_that_cannot_be_mixed_are_an_error(parts, message):
         mix_datasets(parts, [1] * len(parts))
 
 
+def test_weights_may_be_numpys():
+    assert len(mix_datasets([A, B], np.float32([0.5, 0.5]), stop="all")) >= len(A) + len(B)
+
+
+@pytest.mark.parametrize("parts", [[A, B], [A.to_iterable_dataset(), B.to_iterable_dataset()]])
+def test_another_word_for_where_to_stop_is_an_error(parts):
+    with pytest.raises(ConfigError, match="is 'first' or 'all', not 'first_exhausted'"):
+        mix_datasets(parts, [1, 1], stop="first_exhausted")
+
+
 def test_the_examples_in_the_docstrings_hold():
     assert doctest.testmod(tunesmith.data.mix).failed == 0

@@ -128,8 +128,10 @@ def test_documents_without_weights_get_ones():
 
 
 def test_columns_of_other_lengths_are_an_error():
-    with pytest.raises(DataError, match="column 'labels' has 1 values for 2 input_ids"):
-        pack([{"input_ids": [1, 2], "labels": [1]}], 4)
+    with pytest.raises(DataError, match="document 1 has 2 input_ids, but 1 labels"):
+        pack([{"input_ids": [1], "labels": [1]}, {"input_ids": [1, 2], "labels": [1]}], 4)
+    with pytest.raises(DataError, match="document 0 has 2 input_ids, but 1 labels"):  # even if their sums are equal
+        pack([{"input_ids": [1, 2], "labels": [1]}, {"input_ids": [1], "labels": [1, 2]}], 4)
 
 
 def test_rows_are_gathered_in_chunks_without_a_seam(monkeypatch):

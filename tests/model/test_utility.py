@@ -46,7 +46,7 @@ def test_eight_bits_and_none():
 
 # trainer: I2
 def test_a_type_that_torch_lacks_is_named():
-    with pytest.raises(ConfigError, match="dtype: expected auto, float32, bfloat16 or float16, got 'bf16'"):
+    with pytest.raises(ConfigError, match=r"dtype: expected 'auto', a torch.dtype or the name of one .*, got 'bf16'"):
         get_quantization_config(ModelConfig(load_in_4bit=True, dtype="bf16"))
 
 

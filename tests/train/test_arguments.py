@@ -1,6 +1,7 @@
 """What the constructor takes: the names and order of TRL 0.13, models as objects, names and makers, callables."""
 
 import inspect
+import json
 
 import pytest
 import torch
@@ -238,6 +239,17 @@ def test_tokens_trained_on_are_counted_through_a_resume(tmp_path, byte_tokenizer
     assert [line["num_tokens"] for line in trainer.state.log_history if "loss" in line] == [33, 74, 107, 148]
 
 
+def test_a_resumed_run_reports_the_loss_and_speed_of_its_own_steps(tmp_path, byte_tokenizer):
+    options = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4, "logging_steps": 1}
+    make_trainer(make_tiny_model(), byte_tokenizer, token_rows(), tmp_path, max_steps=3, **options).train()
+    trainer = make_trainer(make_tiny_model(), byte_tokenizer, token_rows(), tmp_path, max_steps=4, **options)
+    output = trainer.train(resume_from_checkpoint=True)
+    history, metrics = trainer.state.log_history, output.metrics
+    assert output.training_loss == metrics["train_loss"] == history[-1]["train_loss"]
+    assert output.training_loss == pytest.approx(history[-2]["loss"], abs=1e-4)
+    assert metrics["train_steps_per_second"] * metrics["train_runtime"] == pytest.approx(1, rel=0.05)
+
+
 @pytest.mark.parametrize(("option", "token"), [("eos_token", "<|im_end|>"), ("pad_token", "<|im_start|>")])
 def test_special_tokens_are_set_on_a_copy_of_the_tokenizer(tmp_path, tiny_model, byte_tokenizer, option, token):
     before = getattr(byte_tokenizer, option)
@@ -260,3 +272,27 @@ def test_the_default_length_is_the_tokenizers_or_1024(tmp_path, tiny_model, limi
     tokenizer.model_max_length = limit
     trainer = make_trainer(tiny_model, tokenizer, token_rows(), tmp_path, **asked)
     assert trainer.max_length == trainer.args.max_seq_length == found
+
+
+def test_padding_with_the_stop_token_is_not_written_into_the_model(model_folder, tmp_path):
+    tokenizer = make_byte_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(model_folder)
+    model = make_tiny_model(pad_token_id=None, eos_token_id=5)
+    model.save_pretrained(model_folder)
+    trainer = SFTTrainer(model_folder, config(tmp_path), train_dataset=token_rows())
+    trainer.train()
+    trainer.save_model()
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    stops = saved["eos_token_id"] if isinstance(saved["eos_token_id"], list) else [saved["eos_token_id"]]
+    assert tokenizer.eos_token_id in stops  # the tokenizer's stop token stops
+    assert saved.get("pad_token_id") is None
+    assert trainer.model.config.pad_token_id is None
+
+
+def test_a_bos_that_only_the_model_names_stays(tmp_path, byte_tokenizer):
+    tokenizer = make_byte_tokenizer()
+    tokenizer.bos_token = None
+    model = make_tiny_model(bos_token_id=7)
+    make_trainer(model, tokenizer, token_rows(), tmp_path, max_steps=1).train()
+    assert model.config.bos_token_id == model.generation_config.bos_token_id == 7

@@ -1,5 +1,6 @@
 """Batches are read as text: what stands where, and what the loss looks at."""
 
+import pytest
 import torch
 
 from tests.train.rows import token_rows
@@ -64,3 +65,20 @@ def test_both_layouts_train_the_same_tokens():
 
 def test_no_trained_token_is_no_position():
     assert loss_positions(torch.full((2, 3), -100))["loss_index"].numel() == 0
+
+
+@pytest.mark.parametrize("multiple", [4, 8])
+def test_flat_batches_are_padded_by_a_document_that_trains_nothing(multiple):
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "weights": [1.0, 0.5, 0.5]}] * 3
+    plain, padded = FlatCollator()(rows), FlatCollator(pad_to_multiple_of=multiple)(rows)
+    assert padded["input_ids"].shape[1] == -(-9 // multiple) * multiple
+    assert padded["num_tokens"] == plain["num_tokens"] == 9
+    assert padded["loss_targets"].tolist() == plain["loss_targets"].tolist()
+    assert sum(padded["document_lengths"]) == padded["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("collator", [FlatCollator(), PaddedCollator(), FlatCollator(pad_to_multiple_of=8)])
+def test_no_rows_make_a_batch_that_trains_nothing(collator):
+    batch = collator([])
+    assert batch["num_tokens"] == len(batch["loss_targets"]) == 0
+    assert batch["input_ids"].numel() == 1

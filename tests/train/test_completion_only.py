@@ -369,7 +369,7 @@ def test_rows_may_be_lists_tensors_or_encodings():
     ("row", "message"),
     [
         ({"text": "A:yes"}, r"no 'input_ids', only \['text'\]"),
-        ({"input_ids": [[1, 2], [3, 4]]}, r"input_ids has shape \(2, 2\)"),
+        ({"input_ids": [[1, 2], [3, 4]]}, "input_ids of one row holds 2 lists"),
         ({"input_ids": [1, 2], "attention_mask": [1]}, "2 input_ids, but an attention_mask of 1"),
         ({"input_ids": [1, 2], "seq_lengths": [1]}, r"seq_lengths \[1\] do not add up to its 2 tokens"),
         ({"input_ids": [1, 2], "weights": [1.0, 1.0]}, "has 'weights'"),

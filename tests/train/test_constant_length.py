@@ -254,12 +254,25 @@ def test_nothing_is_said_where_nothing_is_left_out(caplog):
     assert (dataset.dropped_tokens, caplog.text) == (0, "")
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Knows nothing of workers."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def as_sharded_stream(rows):
+    return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
+
+
 # trainer: G5
-@pytest.mark.parametrize("is_iterable", [False, True])
-def test_workers_read_each_row_once(is_iterable):
-    rows = datasets.Dataset.from_list([{"text": f"{i:03}"} for i in range(8)])
-    rows = rows.to_iterable_dataset(num_shards=2) if is_iterable else rows
-    loader = DataLoader(make(rows, seq_length=4), batch_size=None, num_workers=2)
+@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list, Stream, as_sharded_stream])
+def test_workers_read_each_row_once(kind):
+    rows = [{"text": f"{i:03}"} for i in range(8)]
+    loader = DataLoader(make(kind(rows), seq_length=4), batch_size=None, num_workers=2)
     assert sorted(shown(loader)) == [f"{i:03}|" for i in range(8)]
 
 

@@ -1,6 +1,7 @@
 """Every kind of dataset becomes token rows whose ids and labels are written out here: one byte is one id."""
 
 import json
+import random
 import sys
 from multiprocessing.context import SpawnProcess
 from multiprocessing.spawn import get_preparation_data
@@ -341,9 +342,85 @@ def test_tokenized_rows_are_packed_only_if_asked_and_long_ones_are_counted():
     assert [(drop.reason, drop.line) for drop in dropping.drops] == [("too-long", 3)]
 
 
-def test_columns_of_unequal_length_are_an_error_with_the_row():
-    with pytest.raises(DataError, match=r"train_dataset row 1: .* found input_ids 2, labels 1\. Give every row"):
-        make([{"input_ids": [1, 2], "labels": [1]}])
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("labels", [[1], [1, 2]]),  # as many as ids in all
+        ("completion_mask", [[1], [1, 1]]),
+        ("attention_mask", [[1], [1, 1]]),
+        ("seq_lengths", [[1], [1, 1]]),
+    ],
+)
+def test_columns_of_unequal_length_are_an_error_with_the_row(column, values, kind):
+    rows = kind([{"input_ids": ids, column: some} for ids, some in zip([[1, 2], [3]], values)])
+    with pytest.raises(RowError, match=rf"train_dataset row 1: .* found input_ids 2, {column} 1\. Give every row"):
+        make(rows)
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list, TorchStream])
+def test_tokenized_rows_that_cannot_be_used_are_dropped_and_counted(kind):
+    report = Report()
+    rows = [
+        {"input_ids": [1, 2], "labels": [1, 2]},
+        {"input_ids": [3], "labels": [3, 4]},
+        {"input_ids": [], "labels": []},
+    ]
+    assert [row["input_ids"] for row in make(kind(rows), on_bad_row="skip", report=report)] == [[1, 2]]
+    assert [(drop.reason, drop.line) for drop in report.drops] == [("unequal-columns", 2), ("no-token", 3)]
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_rows_without_labels_among_others_that_have_them_are_trained_whole(kind):
+    rows = make(kind([{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3, 4], "labels": None}]))
+    assert rows["labels"][:] == [[-100, 2], [3, 4]]
+
+
+def picked(rows):
+    """A table of more rows, in chunks, of which an index picks these."""
+    part = Dataset.from_list(rows)
+    return datasets.concatenate_datasets([part, part]).select([i + len(rows) * (i % 2) for i in range(len(rows))])
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_tokenized_rows_are_the_same_from_a_list_a_table_and_a_stream(seed):
+    draw = random.Random(seed)
+    columns = {"labels": [-100, 5], "completion_mask": [0, 1], "attention_mask": [0, 1, 1, 1], "weights": [0.5, 2.0]}
+    present = [name for name in columns if draw.random() < 0.5]
+    rows = []
+    for length in draw.choices(range(1, 6), k=3):
+        values = {name: draw.choices(columns[name], k=length) for name in present}
+        rows.append({"input_ids": draw.choices(range(200), k=length), **values})
+
+    def outcome(dataset):
+        report = Report()
+        found = [(row["input_ids"], row["labels"], row.get("weights")) for row in make(dataset, report=report)]
+        return found, report.num_tokens, report.num_trained, report.num_dropped
+
+    assert outcome(rows) == outcome(Dataset.from_list(rows)) == outcome(picked(rows)) == outcome(TorchStream(rows))
+
+
+def test_rows_as_a_tokenizer_gives_tensors_lose_the_dimension_of_one():
+    assert make([{"input_ids": torch.tensor([[1, 2]])}])[0]["input_ids"] == [1, 2]
+    assert make(Dataset.from_dict({"input_ids": [[[1, 2]]]}))[0]["input_ids"] == [1, 2]
+
+
+def test_no_tokenized_row_at_all_is_an_error_that_names_the_dataset():
+    with pytest.raises(DataError, match=r"eval_dataset\[a\]: no rows were read"):
+        make(Dataset.from_dict({"input_ids": [], "labels": []}), name="eval_dataset[a]")
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list, TorchRows])
+def test_rows_that_come_packed_stay_so_and_are_shuffled_if_asked(kind):
+    rows = [{"input_ids": [i, i], "labels": [i, i], "seq_lengths": [1, 1]} for i in range(20)]
+    found = [row["input_ids"][0] for row in make(kind(rows), packing=True, shuffle=True)]
+    assert found != list(range(20))
+    assert sorted(found) == list(range(20))
+
+
+def test_packed_rows_and_single_documents_go_together():
+    rows = make([{"input_ids": [1, 2, 3], "seq_lengths": [1, 2]}, {"input_ids": [4, 5]}])
+    assert rows["seq_lengths"][:] == [[1, 2], [2]]
 
 
 # Formatting functions
@@ -474,8 +551,18 @@ def test_documents_are_labelled_by_a_given_function_before_they_are_packed():
     def refuse(tokens):
         raise DataError("no template")
 
-    with pytest.raises(DataError, match=r"^train_dataset row 1: no template$"):
-        make([{"text": "a: b"}], packing=True, label_with=refuse)
+    for row in ({"text": "a: b"}, {"input_ids": ids("a: b")}):
+        for packing in (True, False):
+            with pytest.raises(DataError, match=r"^train_dataset row 1: no template$"):
+                make([row], packing=packing, label_with=refuse)
+
+
+def test_a_row_that_is_dropped_does_not_count_as_changed():
+    report, tokenizer = Report(), tiny.make_bpe_tokenizer()
+    short, long = ([CHAT[0], {"role": "assistant", "content": text}] for text in ("\nb", "\nb" * 40))
+    make([{"messages": short}, {"messages": long}], tokenizer=tokenizer, too_long="drop", report=report)
+    assert [(change.reason, change.line) for change in report.changes] == [("split-at-boundary", 1)]
+    assert [(drop.reason, drop.line) for drop in report.drops] == [("too-long", 2)]
 
 
 # Batches and processes
@@ -571,7 +658,7 @@ def test_a_mixture_is_packed_as_a_whole():
 def test_a_mixture_that_cannot_be_is_an_error():
     with pytest.raises(ConfigError, match=r"weights: none is given for b"):
         mixture({"a": TEXTS, "b": TEXTS}, mixture_weights={"a": 1})
-    with pytest.raises(ConfigError, match=r"mixture_stop is 'first' or 'all', not 'last'"):
+    with pytest.raises(ConfigError, match=r"mixture_stop\) is 'first' or 'all', not 'last'"):
         mixture({"a": TEXTS}, mixture_stop="last")
     with pytest.raises(ConfigError, match=r"train_dataset\[a\] is a dict of datasets"):
         mixture({"a": DatasetDict({"train": TEXTS})})

@@ -39,3 +39,11 @@ def test_two_processes_equal_one(two_processes, tmp_path, name):
         np.testing.assert_allclose(found["logged"], expected["logged"], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(found["scored"], expected["scored"], rtol=1e-5, atol=1e-5)
         assert found["weights"] == pytest.approx(expected["weights"], rel=1e-6)
+
+
+# trainer: K5
+def test_two_processes_save_one_adapter_and_resume(two_processes):
+    for found in (ranks["resumed"] for ranks in two_processes):
+        whole, again = found["losses"]
+        assert again == pytest.approx(whole, rel=1e-6)
+        assert found["saved_ranks"] == [8]  # twice the 4 that were trained, on the untouched base

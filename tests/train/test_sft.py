@@ -132,6 +132,33 @@ def test_a_model_with_state_across_tokens_trains_on_padded_rows(byte_tokenizer, 
     assert_same(first_gradients(trainer), reference_gradients(build(), rows), tolerance=1e-4)
 
 
+def test_a_model_that_attends_in_chunks_trains_on_padded_rows(byte_tokenizer, tmp_path):
+    from transformers import Llama4ForCausalLM, Llama4TextConfig, set_seed
+
+    def build():
+        set_seed(0)
+        return Llama4ForCausalLM(
+            Llama4TextConfig(
+                vocab_size=259,
+                hidden_size=32,
+                intermediate_size=32,
+                intermediate_size_mlp=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                num_local_experts=2,
+                attention_chunk_size=8,
+                pad_token_id=258,
+            )
+        )
+
+    trainer = make_trainer(build(), byte_tokenizer, token_rows(), tmp_path)
+    assert trainer.support.layout == "padded"
+    found, expected = first_gradients(trainer), reference_gradients(build(), token_rows())
+    assert found[0] == pytest.approx(expected[0], abs=1e-5)
+
+
 def test_changing_one_document_changes_no_other(make_tiny_model, byte_tokenizer, tmp_path):
     trainer = make_trainer(make_tiny_model(), byte_tokenizer, token_rows(), tmp_path)
     rows = [dict(row) for row in token_rows()]
@@ -382,3 +409,10 @@ def test_a_token_budget_keeps_the_order_where_it_is_asked_to(
         orders.append([batch["document_lengths"] for batch in loader])
     assert (orders[0] == orders[1]) is same
     assert sorted(orders[0]) == sorted(orders[1])
+
+
+def test_a_batch_without_labels_is_an_error(tiny_model, byte_tokenizer, tmp_path):
+    collator = lambda rows: {"input_ids": torch.tensor([[1, 2, 3]] * len(rows))}  # noqa: E731
+    trainer = make_trainer(tiny_model, byte_tokenizer, token_rows(), tmp_path, data_collator=collator)
+    with pytest.raises(ConfigError, match="its batch has no labels, only input_ids"):
+        trainer.train()

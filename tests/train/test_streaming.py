@@ -14,7 +14,7 @@ from tests import tiny
 from tunesmith.data.report import Report
 from tunesmith.data.rows import Row, RowError
 from tunesmith.errors import DataError
-from tunesmith.train.datasets import prepared
+from tunesmith.train.datasets import prepared, prepared_mixture
 from tunesmith.train.reading import Preparation
 from tunesmith.train.streaming import MixedStream, PackedStream, TokenStream, growing_batches, shuffled
 
@@ -42,6 +42,14 @@ class SplittingItself(Counting):
         worker = get_worker_info()
         share = self.texts[worker.id :: worker.num_workers] if worker else self.texts
         return iter([{"text": text} for text in share])
+
+
+class Once(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.rows = iter(rows)
+
+    def __iter__(self):
+        return self.rows
 
 
 def make(source, report=None, **options):
@@ -209,9 +217,11 @@ def test_the_report_of_a_long_stream_stays_short():
     part.read = 600
     for line in range(600):
         part.dropped("too-long", Row({}, "train_dataset", line))
+        part.changed("cut", Row({}, "train_dataset", line))
     for _ in range(3):
         report.add(part, limit=1000)
-    assert (report.read, report.num_dropped, len(report.drops)) == (1800, 1800, 1000)
+    assert (report.read, report.num_dropped, len(report.drops), len(report.changes)) == (1800, 1800, 1000, 1000)
+    assert "1,400 changed" in report.table()  # repeats count once among those listed
 
 
 # trainer: M2
@@ -272,3 +282,24 @@ def test_parts_of_a_mixture_that_end_begin_again_until_the_last_ends():
     assert texts_of(MixedStream(parts, None, 0, "all")) == ["a0", "a1", *(f"b{i}" for i in range(9))]
     packed = PackedStream(MixedStream(parts, None, 0, "all"), how)
     assert len(texts_of(packed)) == 11
+
+
+def test_a_part_of_a_mixture_that_cannot_be_read_again_is_an_error():
+    parts = {"once": Once([{"text": "a"}]), "many": [{"text": "b"}] * 9}
+    how = Preparation(tiny.make_byte_tokenizer(), 32, mixture_weights=[0.9, 0.1], mixture_stop="all")
+    with pytest.raises(DataError, match=r"train_dataset\[once\] gave rows once and none when it was read again"):
+        list(prepared_mixture("train_dataset", parts, how, {}))
+
+
+def test_a_stream_is_packed_for_a_collator_of_the_persons():
+    rows = list(make(Counting(["one", "two"]), packing=True, own_collator=True))
+    assert texts_of(rows) == ["one", "two"]
+    assert rows[0]["labels"] == rows[0]["input_ids"]
+
+
+def test_the_first_row_that_is_cut_is_logged_too(caplog):
+    with caplog.at_level(logging.WARNING):
+        list(make(Counting(["long " * 20] * 3)))
+    assert [record.message for record in caplog.records] == [
+        "train_dataset row 1 is changed (cut: 101 tokens, max_length is 32); further rows are counted"
+    ]

@@ -69,10 +69,13 @@ def encode_batch(
         that is too long under `too_long="error"`.
     """
     kept = []
-    for index, tokens in _tokenized(examples, tokenizer, how, report):
+    for index, tokens, is_split in _tokenized(examples, tokenizer, how, report):
         fitted = fit(examples[index], tokens, tokenizer, how, report)
         if fitted is not None:
             kept.append(Encoded(index, fitted))
+            if is_split:
+                what = "the answer's first token is not merged with the prompt's last"
+                report.changed("split-at-boundary", examples[index], what)
     report.add_tokens(tokens for _, tokens in kept)
     report.kept += len(kept)
     return kept
@@ -80,8 +83,8 @@ def encode_batch(
 
 def _tokenized(
     examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", how: Encoding, report: Report
-) -> Iterator[Encoded]:
-    """Render and tokenize one batch; bad examples raise, or are counted and left out."""
+) -> Iterator[tuple[int, Tokens, bool]]:
+    """Each example's index and tokens, and whether its answer was encoded apart; bad ones raise or are counted."""
     rendered: list[tuple[int, Rendered]] = []
     for index, example in enumerate(examples):
         try:
@@ -91,6 +94,7 @@ def _tokenized(
                 raise
             report.dropped(getattr(error, "reason", "template"), example, str(error))
     failed: set[int] = set()
+    split: set[int] = set()
 
     def on_error(number: int, error: RowError) -> None:
         example = examples[rendered[number][0]]
@@ -99,69 +103,61 @@ def _tokenized(
         failed.add(number)
         report.dropped(error.reason, example, str(error))
 
-    def on_change(number: int, reason: str) -> None:
-        example = examples[rendered[number][0]]
-        report.changed(reason, example, "the answer's first token is not merged with the prompt's last")
-
-    tokens = tokenize([row for _, row in rendered], tokenizer, on_change, on_error)
+    tokens = tokenize([row for _, row in rendered], tokenizer, lambda number, _: split.add(number), on_error)
     for number, (index, _) in enumerate(rendered):
         if number not in failed:
-            yield Encoded(index, tokens[number])
+            yield index, tokens[number], number in split
 
 
 def fit(
     example: Example, tokens: Tokens, tokenizer: "PreTrainedTokenizerBase", how: Encoding, report: Report
 ) -> Tokens | None:
     """The tokens within `how.max_length` and labelled; `None` for a row that is dropped, which is then counted."""
-    fitted: Tokens | None = tokens
-    before = len(report.changes)
+    fitted, reason, size = tokens, "", f"{len(tokens['input_ids'])} tokens, max_length is {how.max_length}"
     if how.max_length is not None and len(tokens["input_ids"]) > how.max_length:
-        fitted = _shortened(example, tokens, tokenizer, how, report)
-        if fitted is None:
-            return None
+        fitted, reason = _shortened(example, tokens, tokenizer, how, size)
+    if fitted is None:
+        report.dropped(reason, example, size)
+        return None
     if how.label_with is not None:
-        fitted = {**fitted, "labels": _labels(example, fitted["input_ids"], how)}
+        fitted = {**fitted, "labels": own_labels(example, fitted["input_ids"], how.label_with)}
     if any(label != IGNORE_INDEX for label in fitted["labels"][1:]):
+        if reason:
+            report.changed(reason, example, size)
         return fitted
-    del report.changes[before:]  # it was cut, and then nothing was left of it to train
-    cut = len(fitted["input_ids"]) < len(tokens["input_ids"])
-    why = "what would be trained lies beyond max_length" if cut else ""
+    why = "what would be trained lies beyond max_length" if reason else ""
     if how.label_with is not None:
-        why = "the collator's template does not occur in it" + (", or was cut off" if cut else "")
+        why = "the collator's template does not occur in it" + (", or was cut off" if reason else "")
     report.dropped("no-trained-token", example, why)
     return None
 
 
-def _labels(example: Example, ids: list[int], how: Encoding) -> list[int]:
-    """Labels by `how.label_with`, whose errors know nothing of rows."""
+def own_labels(example: Example, ids: list[int], label_with: Callable[[list[int]], list[int]]) -> list[int]:
+    """Labels by a person's function, whose errors know nothing of rows."""
     try:
-        return how.label_with(ids)
+        return label_with(ids)
     except DataError as error:
         error.args = (f"{place_of(example)}{error}", *error.args[1:])
         raise
 
 
 def _shortened(
-    example: Example, tokens: Tokens, tokenizer: "PreTrainedTokenizerBase", how: Encoding, report: Report
-) -> Tokens | None:
-    """The example within `max_length` tokens, the way `too_long` says; `None` if it is dropped."""
-    size = f"{len(tokens['input_ids'])} tokens, max_length is {how.max_length}"
+    example: Example, tokens: Tokens, tokenizer: "PreTrainedTokenizerBase", how: Encoding, size: str
+) -> tuple[Tokens | None, str]:
+    """The example within `max_length` tokens, the way `too_long` says, or `None`; and the reason for the report."""
     if how.too_long == "error":
         raise DataError(
             f"{place_of(example)}{size}. Raise max_length, shorten the row, or set too_long: drop, truncate, "
             "truncate_left or keep_last_turns."
         )
     if how.too_long in ("truncate", "truncate_left"):
-        report.changed("cut", example, size)
-        return truncate(tokens, how.max_length, "left" if how.too_long == "truncate_left" else "right")
+        return truncate(tokens, how.max_length, "left" if how.too_long == "truncate_left" else "right"), "cut"
     shorter: Example | None = example
     while how.too_long == "keep_last_turns" and (shorter := drop_oldest_turns(shorter)) is not None:
         found = tokenize([how.render(shorter, tokenizer)], tokenizer)[0]
         if len(found["input_ids"]) <= how.max_length:
-            report.changed("turns-dropped", example, size)
-            return found
-    report.dropped("too-long", example, size)
-    return None
+            return found, "turns-dropped"
+    return None, "too-long"
 
 
 # Several processes -------------------------------------------------------------------------------------------------
@@ -185,7 +181,8 @@ def encode_batches(
             yield batch, encode_batch(batch, tokenizer, how, report)
         return
     waiting: deque[tuple[Sequence[Example], Future]] = deque()
-    context = _context(tokenizer, how.label_with, getattr(how.label_with, "__self__", None))
+    is_of_script = type(tokenizer).__module__ == "__main__"  # which workers must then import
+    context = SpawnContext() if is_of_script else _WorkerContext()
     with ProcessPoolExecutor(num_proc, context, _start_worker, (tokenizer, how)) as pool:
         try:
             for batch in batches:
@@ -236,8 +233,3 @@ class _Worker(SpawnProcess):
 
 class _WorkerContext(SpawnContext):
     Process = _Worker
-
-
-def _context(*sent: Any) -> SpawnContext:
-    """How workers are started; where the script itself defines what is sent to them, they must import it."""
-    return SpawnContext() if any(type(value).__module__ == "__main__" for value in sent) else _WorkerContext()

@@ -5,6 +5,7 @@ the older under packing, takes one row and returns one text. Which one a functio
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from tunesmith.data.formats import columns_of, kind_of
@@ -43,7 +44,7 @@ class Formatter:
         if not rows:
             return []
         if self.takes_batches is None:
-            self.takes_batches = self._wants_batches(rows[:PROBE_ROWS])
+            self.takes_batches = self._settle(rows[:PROBE_ROWS], may_skip=on_error is not None)
         if self.takes_batches:
             try:
                 return self._of_batch(rows)
@@ -62,6 +63,16 @@ class Formatter:
         return formatted
 
     # ---- which kind it is ----------------------------------------------------------------------------------------
+
+    def _settle(self, rows: Sequence[Row], may_skip: bool) -> bool:
+        """`_wants_batches` of all rows or, where bad ones among them may be skipped, of the first that is good."""
+        try:
+            return self._wants_batches(rows)
+        except RowError:
+            for row in rows if may_skip else ():
+                with suppress(RowError):
+                    return self._wants_batches([row])
+            raise
 
     def _wants_batches(self, rows: Sequence[Row]) -> bool:
         """Whether the function takes a dict of lists, from what it returns for a few rows and for one."""

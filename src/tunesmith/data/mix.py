@@ -1,8 +1,9 @@
 """Several datasets → one, their rows interleaved by weights after a plan drawn from a seed."""
 
 import math
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -31,11 +32,12 @@ def plan_mixture(
         stop: "first" ends with the last row of whichever dataset ends first, so that no row comes twice; "all" with
             that of whichever ends last, so that every row comes, and those of the others several times.
 
-    Raises: ConfigError for weights that cannot be drawn from.
+    Raises: ConfigError for weights that cannot be drawn from, or another `stop`.
 
     >>> plan_mixture([2, 1]).tolist()
     [[0, 0], [0, 1], [1, 0]]
     """
+    check_stop(stop)
     sizes = np.asarray(sizes, dtype=np.int64)
     if weights is None:
         parts = np.repeat(np.arange(len(sizes)), sizes)
@@ -56,6 +58,12 @@ def plan_mixture(
         lasts += [places[sizes[part] - 1]] if len(places) >= sizes[part] else []
     end = 1 + (min(lasts) if stop == "first" else max(lasts))
     return np.stack([parts[:end], rows[:end]], axis=1)
+
+
+def check_stop(stop: str) -> None:
+    """Raise ConfigError for what is no `Stop`."""
+    if stop not in get_args(Stop):
+        raise ConfigError(f"a mixture's stop (mixture_stop) is 'first' or 'all', not {stop!r}.")
 
 
 def draws(shares: np.ndarray, *seed: int) -> Iterator[np.ndarray]:
@@ -81,7 +89,7 @@ def shares_of(weights: Mapping | Sequence[float], names: Sequence) -> np.ndarray
     if len(weights) != len(names):
         raise ConfigError(f"weights: {len(weights)} for {len(names)} datasets. Give one for each.")
     for weight, name in zip(weights, names):
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not 0 <= weight < math.inf:
             raise ConfigError(f"weights: {weight!r} for dataset {name}; expected a number from 0 on.")
     if not sum(weights):
         raise ConfigError("weights: all are 0, so nothing would be drawn. Give one dataset a weight above 0.")
@@ -112,13 +120,15 @@ def mix_datasets(
 
     names = list(parts) if isinstance(parts, Mapping) else list(range(len(parts)))
     found = list(parts.values()) if isinstance(parts, Mapping) else list(parts)
-    kinds = {type(part) for part in found}
     streamed = all(isinstance(part, datasets.IterableDataset) for part in found)
     if not found or not (streamed or all(isinstance(part, datasets.Dataset) for part in found)):
-        what = ", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
+        what = ", ".join(sorted({type(part).__name__ for part in found})) or "nothing"
         raise ConfigError(f"mix_datasets: expected datasets.Dataset, or datasets.IterableDataset for all; got {what}.")
     _check_columns(found, names)
+    check_stop(stop)
     shares = None if weights is None else shares_of(weights, names)
+    if shares is None:
+        return datasets.concatenate_datasets(found)
     if streamed:
         return _interleaved(found, shares, seed, stop)
     sizes = [len(part) for part in found]
@@ -126,18 +136,17 @@ def mix_datasets(
         if not size:
             raise ConfigError(f"mix_datasets: dataset {name} has no rows. Leave it out.")
     plan = plan_mixture(sizes, shares, seed, stop)
-    begins = np.cumsum(sizes) - sizes
-    whole = datasets.concatenate_datasets(found)
-    return whole if shares is None else whole.select(begins[plan[:, 0]] + plan[:, 1])
+    return datasets.concatenate_datasets(found).select(places(plan, sizes))
 
 
-def _interleaved(
-    parts: "list[IterableDataset]", shares: np.ndarray | None, seed: int, stop: Stop
-) -> "IterableDataset":
+def places(plan: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Where the rows of a plan stand when the datasets, of these sizes, are laid end to end."""
+    return (np.cumsum(sizes) - sizes)[plan[:, 0]] + plan[:, 1]
+
+
+def _interleaved(parts: "list[IterableDataset]", shares: np.ndarray, seed: int, stop: Stop) -> "IterableDataset":
     import datasets
 
-    if shares is None:
-        return datasets.concatenate_datasets(parts)
     drawn = [index for index, share in enumerate(shares) if share > 0]
     return datasets.interleave_datasets(
         [parts[index] for index in drawn],

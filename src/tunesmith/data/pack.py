@@ -255,8 +255,8 @@ def _packed_table(table: "pa.Table", lengths: np.ndarray, sequences: _Sequences)
         index = _ranges(sequences.starts[part], seq_lengths)
         row_tokens = np.diff(tokens[first_row:stop_row], prepend=tokens[first_row - 1] if first_row else 0)
         for name, values in flat.items():
-            chunks[name].append(_list_array(values[index], row_tokens))
-        chunks["seq_lengths"].append(_list_array(seq_lengths.astype(np.int32), sequences.per_row[first_row:stop_row]))
+            chunks[name].append(list_array(values[index], row_tokens))
+        chunks["seq_lengths"].append(list_array(seq_lengths.astype(np.int32), sequences.per_row[first_row:stop_row]))
     return pa.table({name: pa.chunked_array(arrays) for name, arrays in chunks.items()})
 
 
@@ -266,7 +266,8 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1])
 
 
-def _list_array(values: np.ndarray, lengths: np.ndarray) -> "pa.ListArray":
+def list_array(values: np.ndarray, lengths: np.ndarray) -> "pa.ListArray":
+    """Lists of the given lengths, cut from `values`."""
     import pyarrow as pa
 
     return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), values)
@@ -274,15 +275,19 @@ def _list_array(values: np.ndarray, lengths: np.ndarray) -> "pa.ListArray":
 
 def _flat_values(table: "pa.Table", name: str, lengths: np.ndarray) -> np.ndarray:
     """All values of a list column end to end; documents without `weights` get ones."""
-    chunks = table[name].chunks
-    values = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks])
-    if table[name].null_count:
-        has_values = np.concatenate([chunk.is_valid().to_numpy(zero_copy_only=False) for chunk in chunks])
-        filled = np.ones(lengths.sum())
-        filled[np.repeat(has_values, lengths)] = values
-        values = filled
-    if len(values) != lengths.sum():
+    import pyarrow.compute as pc
+
+    sizes = pc.list_value_length(table[name]).to_numpy()
+    is_missing = np.isnan(sizes) & (name == "weights")
+    if (is_wrong := (sizes != lengths) & ~is_missing).any():
+        index = int(is_wrong.argmax())
         raise DataError(
-            f"column '{name}' has {len(values)} values for {lengths.sum()} input_ids. Make them equally long."
+            f"document {index} has {lengths[index]} input_ids, but {np.nan_to_num(sizes[index]):g} {name}. Make them "
+            "equally long."
         )
-    return values
+    values = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table[name].chunks])
+    if not is_missing.any():
+        return values
+    filled = np.ones(lengths.sum())
+    filled[np.repeat(~is_missing, lengths)] = values
+    return filled

@@ -136,21 +136,3 @@ def joined(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
 def _with_ones(part: datasets.Dataset) -> datasets.Dataset:
     ones = [[1.0] * len(ids) for ids in part["input_ids"]]
     return part.add_column("weights", ones, feature=TOKEN_TYPES["weights"])
-
-
-def prepare(
-    rows: Sequence[Row],
-    tokenizer: "PreTrainedTokenizerBase",
-    report: Report,
-    *,
-    format: str | None = None,
-    columns: dict[str, str] | None = None,
-    system_prompt: str | None = None,
-    on_bad_row: str = "error",
-    **encoding: Any,
-) -> datasets.Dataset:
-    """`read_examples` and `encode_examples` in one call; `encoding` are the latter's options."""
-    examples = read_examples(
-        rows, report, format=format, columns=columns, system_prompt=system_prompt, on_bad_row=on_bad_row
-    )
-    return encode_examples(examples, tokenizer, report, on_bad_row=on_bad_row, **encoding)

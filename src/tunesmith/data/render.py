@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from tunesmith.data.chat_template import Chat, place_of, refusal
+from tunesmith.data.formats import INSTRUCTING
 from tunesmith.data.rows import RowError
 from tunesmith.data.spans import Span, prompt_text, trained_turns, turn_spans
 
@@ -144,15 +145,11 @@ def drop_oldest_turns(example: "Example") -> "Example | None":
     messages = example.get(key)
     if not isinstance(messages, list):
         return None
-    begin = next((i for i, message in enumerate(messages) if not _is_system(message)), len(messages))
+    begin = next((i for i, message in enumerate(messages) if message["role"] not in INSTRUCTING), len(messages))
     second = next((i for i in range(begin + 1, len(messages)) if messages[i]["role"] == "user"), None)
     if second is None:
         return None
     return {**example, key: messages[:begin] + messages[second:]}
-
-
-def _is_system(message: "Message") -> bool:
-    return message["role"] in ("system", "developer")
 
 
 def _render_plain(

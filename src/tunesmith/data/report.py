@@ -80,6 +80,8 @@ class Report:
         self.num_unlisted = 0
         """Dropped rows beyond those in `drops`: of a stream, the first are listed."""
         self.changes: list[Problem] = []
+        self.num_unlisted_changes = 0
+        """Changed rows beyond those in `changes`."""
         self.num_tokens = 0
         self.num_trained = 0
         self.lengths: list[int] = []
@@ -116,11 +118,13 @@ class Report:
         self.num_trained += part.num_trained
         self.notes += part.notes
         self.drops += part.drops
+        self.changes += part.changes
+        self.lengths += part.lengths
         if limit is not None:
             self.num_unlisted += len(self.drops[limit:])
-            del self.drops[limit:]
-        self.changes += part.changes[: None if limit is None else max(0, limit - len(self.changes))]
-        self.lengths += part.lengths[: None if limit is None else max(0, limit - len(self.lengths))]
+            self.num_unlisted_changes += _num_rows(self.changes[limit:])
+            for listed in (self.drops, self.changes, self.lengths):
+                del listed[limit:]
 
     def check(self, max_drop_ratio: float) -> None:
         """Stop a run that would train on nothing, on next to nothing, or on too little of what was given.
@@ -211,7 +215,7 @@ class Report:
         return "; ".join([self._headline(), *(" ".join(line.split()) for line in lines)]) if lines else ""
 
     def _headline(self) -> str:
-        num_changed = len({(problem.source, problem.line) for problem in self.changes})
+        num_changed = _num_rows(self.changes) + self.num_unlisted_changes
         parts = [f"{_count(self.read, 'row')} read", f"{self.kept:,} kept", f"{self.num_dropped:,} dropped"]
         return ", ".join([*parts, f"{num_changed:,} changed"] if num_changed else parts)
 
@@ -228,6 +232,10 @@ def _problem(reason: str, row: Any, detail: str) -> Problem:
     ):  # an error's sentence names the place, which is known here
         detail = detail.removeprefix(f"{where}: ")
     return Problem(source, line, reason, visible(detail))
+
+
+def _num_rows(problems: Iterable[Problem]) -> int:
+    return len({(problem.source, problem.line) for problem in problems})
 
 
 def _by_reason(problems: Iterable[Problem]) -> dict[str, dict[str, Any]]:

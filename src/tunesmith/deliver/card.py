@@ -119,20 +119,25 @@ def write_card(
         links=tracker_links(),
     )
     folder.mkdir(parents=True, exist_ok=True)
+    return write_text(path_in(folder), model_card(card))
+
+
+def path_in(folder: Path) -> Path:
+    """Where a card may be written without replacing what a person wrote."""
     path = folder / "README.md"
-    if path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
-        path = folder / BESIDE
-        logger.warning("%s was written by a person and stays; the model card is %s.", folder / "README.md", path.name)
-    return write_text(path, model_card(card))
+    if not path.exists() or is_generated(path.read_text(encoding="utf-8", errors="replace")):
+        return path
+    logger.warning("%s was written by a person and stays; the model card is %s.", path, BESIDE)
+    return folder / BESIDE
 
 
-def tag_model(model: Any, extra: Sequence[str] = ()) -> list[str]:
-    """Put `TAGS`, `unsloth` where it applies, and `extra` into `model.model_tags`; the tags there now.
+def tag_model(model: Any) -> list[str]:
+    """Put `TAGS`, and `unsloth` where it applies, into `model.model_tags`; the tags there now.
 
     They go to the model inside a `PeftModel`, through which they are seen, and where peft's own card looks for them.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inner.model_tags = list(dict.fromkeys([*model_tags(model), *extra]))
+    inner.model_tags = model_tags(model)
     return inner.model_tags
 
 
@@ -152,7 +157,7 @@ def base_model_id(model: Any) -> str | None:
 
 
 def data_rows(reports: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Counts of each dataset that was rendered and tokenized."""
+    """Counts of each dataset whose tokens were counted in this process; of others the report holds zeros."""
     return [
         {
             "dataset": name.replace("_dataset", ""),
@@ -162,6 +167,7 @@ def data_rows(reports: Mapping[str, Any]) -> list[dict[str, Any]]:
             "trained tokens": report.num_trained,
         }
         for name, report in reports.items()
+        if report.num_tokens
     ]
 
 
@@ -175,7 +181,7 @@ def shown_options(args: Any, model: Any) -> dict[str, Any]:
         found["num_train_epochs"] = None  # it had no say
     for adapter in getattr(model, "peft_config", {}).values():
         found |= {name: getattr(adapter, name, None) for name in ADAPTER_OPTIONS}
-    return {name: plain(value) for name, value in found.items() if value not in (None, False)}
+    return {name: plain(value) for name, value in found.items() if value is not None and value is not False}
 
 
 def plain(value: Any) -> Any:

@@ -114,14 +114,17 @@ def checked_dtype(dtype: Any, torch_dtype: Any = None) -> str | torch.dtype:
     return named_dtype(torch_dtype if dtype is None else dtype)
 
 
-def named_dtype(dtype: Any) -> str | torch.dtype:
-    """A type of torch from itself or its name; "auto" for `None`."""
+def named_dtype(dtype: Any, option: str = "dtype") -> str | torch.dtype:
+    """A type of torch from itself or its name; "auto" for `None`.
+
+    Raises: ConfigError, which names the option, for anything else.
+    """
     if dtype is None or dtype == "auto":
         return "auto"
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
         raise ConfigError(
-            f"dtype: expected 'auto', a torch.dtype or the name of one (float32, bfloat16, float16), got {dtype!r}."
+            f"{option}: expected 'auto', a torch.dtype or the name of one (float32, bfloat16, float16), got {dtype!r}."
         )
     return found
 

@@ -23,6 +23,8 @@ BNB_OPTIONS = (
     "llm_int8_skip_modules",
 )
 
+BNB_WEIGHTS = ("Int8Params", "Params4bit")
+
 
 # ---- loading -----------------------------------------------------------------------------------------------------
 
@@ -90,16 +92,8 @@ def own_device() -> dict[str, Any]:
 def is_quantized(model: nn.Module) -> bool:
     """Whether some weights are held as integers, which cannot be trained themselves."""
     marks = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
-    return (
-        any(getattr(model, mark, False) is True for mark in marks)
-        or is_8bit(model)
-        or any(True for _ in four_bit_layers(model))
-    )
-
-
-def is_8bit(model: nn.Module) -> bool:
-    """Whether bitsandbytes holds some weights in 8 bits."""
-    return any(parameter.__class__.__name__ == "Int8Params" for parameter in model.parameters())
+    kinds = {type(parameter).__name__ for parameter in model.parameters()}
+    return any(getattr(model, mark, False) is True for mark in marks) or not kinds.isdisjoint(BNB_WEIGHTS)
 
 
 def four_bit_layers(model: nn.Module) -> Iterator[nn.Module]:

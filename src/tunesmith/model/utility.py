@@ -8,6 +8,7 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import is_peft_available
 
 from tunesmith.errors import ConfigError
+from tunesmith.model.load import named_dtype
 
 
 def get_quantization_config(model_args: Any) -> BitsAndBytesConfig | None:
@@ -69,9 +70,5 @@ def torch_type(option: str, name: str | torch.dtype | None) -> torch.dtype | Non
 
     Raises: ConfigError if torch has no such type.
     """
-    if name in (None, "auto") or isinstance(name, torch.dtype):
-        return None if name == "auto" else name
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"{option}: expected auto, float32, bfloat16 or float16, got {name!r}.")
-    return found
+    found = named_dtype(name, option)
+    return None if found == "auto" else found

@@ -5,13 +5,14 @@ flat    input_ids  (1, T)   | doc 1 ......... | doc 2 ... | doc 3 ..... |
         loss_index           positions whose *next* token is trained, loss_targets those tokens
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunesmith.data import IGNORE_INDEX
+from tunesmith.errors import ConfigError
 
 
 class FlatCollator:
@@ -19,14 +20,19 @@ class FlatCollator:
 
     Rows have `input_ids` and `labels`, optionally `weights`, and `seq_lengths` when they are packed.
     `boundaries=True` adds what document attention reads: `document_lengths` (host), `cu_seq_lens_q`, `cu_seq_lens_k`.
+    `pad_to_multiple_of` adds a last document that trains nothing, for a total that is a multiple of it.
     """
 
-    def __init__(self, boundaries: bool = True):
-        self.boundaries = boundaries
+    def __init__(self, boundaries: bool = True, pad_to_multiple_of: int | None = None):
+        self.boundaries, self.pad_to_multiple_of = boundaries, pad_to_multiple_of
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One flat batch."""
-        documents = [document for row in rows for document in split_documents(row)] or [nothing()]
+        documents = [document for row in rows for document in split_documents(row)]
+        num_tokens = sum(len(document["input_ids"]) for document in documents)
+        missing = -num_tokens % self.pad_to_multiple_of if self.pad_to_multiple_of else 0
+        missing = missing or int(not documents)
+        documents += [nothing(missing)] * (missing > 0)
         input_ids = torch.cat([document["input_ids"] for document in documents])
         labels = torch.cat([first_masked(document["labels"]) for document in documents])
         lengths = [len(document["input_ids"]) for document in documents]
@@ -34,7 +40,7 @@ class FlatCollator:
             "input_ids": input_ids.unsqueeze(0),
             "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
             "labels": labels.unsqueeze(0),
-            "num_tokens": len(input_ids) if rows else 0,
+            "num_tokens": num_tokens,
             **loss_positions(labels.unsqueeze(0), joined_weights(documents)),
         }
         if self.boundaries:
@@ -71,9 +77,29 @@ class PaddedCollator:
         }
 
 
-def nothing() -> dict[str, Tensor]:
-    """One token that trains nothing: the batch of a process for which no row is left (`batching.RankBatches`)."""
-    return {"input_ids": torch.zeros(1, dtype=torch.int64), "labels": torch.full((1,), IGNORE_INDEX)}
+class LocatedCollator:
+    """A caller's collator, with the places of the loss and the number of tokens found on the host, as ours do."""
+
+    def __init__(self, collator: Callable[[Sequence[Any]], Mapping[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """The caller's batch with `loss_index`, `loss_targets` and `num_tokens` beside."""
+        batch = self.collator(rows)
+        if not isinstance(batch, Mapping):
+            raise ConfigError(f"data_collator: expected a dict of tensors, got a {type(batch).__name__}.")
+        batch = dict(batch)
+        if isinstance(batch.get("labels"), Tensor) and batch["labels"].dim() == 2:
+            batch = loss_positions(batch["labels"]) | batch
+        counted = batch.get("attention_mask")
+        if isinstance(counted, Tensor) and counted.dim() == 2:
+            batch.setdefault("num_tokens", int(counted.sum()))
+        return batch
+
+
+def nothing(length: int = 1) -> dict[str, Tensor]:
+    """Tokens that train nothing: padding, or the batch of a process for which no row is left (`RankBatches`)."""
+    return {"input_ids": torch.zeros(length, dtype=torch.int64), "labels": torch.full((length,), IGNORE_INDEX)}
 
 
 def split_documents(row: dict[str, Any]) -> list[dict[str, Tensor]]:

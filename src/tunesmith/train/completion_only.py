@@ -8,8 +8,8 @@ ids where other text stands before it. A token that holds any part of a template
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import torch
@@ -20,6 +20,7 @@ from tunesmith.data import IGNORE_INDEX
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.lookup import did_you_mean
 from tunesmith.train.collate import FlatCollator
+from tunesmith.train.ready import as_list, labels_of
 from tunesmith.train.token_text import RowText, TokenText
 
 OnMissing = Literal["error", "warn", "skip"]
@@ -134,17 +135,6 @@ def _outermost(marks: list[Mark]) -> list[Mark]:
     return kept
 
 
-def as_list(values: Any, column: str) -> list:
-    """A row's numbers as a list; tokenizers asked for tensors put a dimension of 1 in front."""
-    numbers = torch.as_tensor(values)
-    numbers = numbers[0] if numbers.dim() == 2 and len(numbers) == 1 else numbers
-    if numbers.dim() != 1:
-        raise DataError(
-            f"a row's {column} has shape {tuple(numbers.shape)}. Give one row at a time, a list of numbers."
-        )
-    return numbers.tolist()
-
-
 class LabelsForReport:
     """Labels for rows whose drops are reported one by one: a missing template warns at the first row only."""
 
@@ -153,15 +143,12 @@ class LabelsForReport:
 
     def __call__(self, ids: list[int]) -> list[int]:
         """Labels of one document; all masked where its template is missing."""
-        try:
-            return self.collator.labels_for(ids)
-        except TemplateNotFound as missing:
-            if self.collator.on_missing_template == "error":
-                raise
-            if self.collator.on_missing_template == "warn" and not self.warned:
-                self.warned = True
-                warnings.warn(missing.as_warning, UserWarning, stacklevel=2)
-            return [IGNORE_INDEX] * len(ids)
+        return self.collator.labels_or_masked(ids, self._warn)
+
+    def _warn(self, text: str) -> None:
+        if not self.warned:
+            self.warned = True
+            warnings.warn(text, UserWarning, stacklevel=4)
 
 
 class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
@@ -242,11 +229,10 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         _check_row(example, given)
         mask = given.setdefault("attention_mask", [1] * len(given["input_ids"]))
         ids = [one for one, is_real in zip(given["input_ids"], mask) if is_real]
-        edges = accumulate(given.get("seq_lengths", [len(ids)]), initial=0)
-        labels = [label for start, stop in pairwise(edges) for label in self.labels_or_masked(ids[start:stop])]
-        return {**given, "input_ids": ids, "labels": labels}
+        given["input_ids"] = ids
+        return {**given, "labels": labels_of(given, self.labels_or_masked)}
 
-    def labels_or_masked(self, ids: list[int]) -> list[int]:
+    def labels_or_masked(self, ids: list[int], warn: Callable[[str], None] = warnings.warn) -> list[int]:
         """As `labels_for`, but a missing template is an error, a warning or nothing, as `on_missing_template` says."""
         try:
             return self.labels_for(ids)
@@ -254,7 +240,7 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
             if self.on_missing_template == "error":
                 raise
             if self.on_missing_template == "warn":
-                warnings.warn(missing.as_warning, UserWarning, stacklevel=2)
+                warn(missing.as_warning)
             return [IGNORE_INDEX] * len(ids)
 
     def _padded(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:

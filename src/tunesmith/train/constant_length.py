@@ -17,12 +17,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.errors import ConfigError, DataError
+from tunesmith.train.reading import NOT_PACKED
+from tunesmith.train.streaming import splits_itself
 
 logger = logging.getLogger(__name__)
-TOO_FEW = (
-    "Error occurred while packing the dataset. Make sure that your dataset has enough samples to at least yield one "
-    "packed sequence."
-)
 Sample = str | list[int]
 
 
@@ -35,7 +33,7 @@ class ConstantLengthDataset(IterableDataset):
     Args:
         tokenizer: of the texts.
         dataset: rows; each has a text, or `input_ids`. An iterable that can be read again: each worker of a DataLoader
-            takes its part of it, but a torch IterableDataset (as those of `datasets`) shares itself out among them.
+            takes its part of it, unless the iterable itself asks who the worker is (as streams of `datasets` do).
         dataset_text_field: column with the text, or with ids. Rows whose dataset has a column `input_ids` need
             neither this nor `formatting_func`.
         formatting_func: makes the text (or ids) of one row; goes before `dataset_text_field`.
@@ -108,7 +106,7 @@ class ConstantLengthDataset(IterableDataset):
             if not num_read:
                 if get_worker_info() is not None:
                     return  # more workers than rows
-                raise DataError(f"{TOO_FEW} A pass over it read no token; a generator can be read only once.")
+                raise DataError(f"{NOT_PACKED} A pass over it read no token; a generator can be read only once.")
 
     def _one_pass(self, rest: list[int]) -> Generator[dict[str, Tensor], None, tuple[int, list[int]]]:
         """Yield the rows of a pass, the first beginning with `rest`; tokens read, and those that made no full row."""
@@ -147,7 +145,7 @@ class ConstantLengthDataset(IterableDataset):
     def _share(self) -> Iterator[Any]:
         """The rows that this worker of a DataLoader reads; all if there is none."""
         worker = get_worker_info()
-        if worker is None or isinstance(self.dataset, IterableDataset):
+        if worker is None or splits_itself(self.dataset):
             return iter(self.dataset)
         return islice(self.dataset, worker.id, None, worker.num_workers)
 

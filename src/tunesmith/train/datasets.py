@@ -7,15 +7,16 @@ from typing import Any
 
 import datasets
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 from tunesmith.data.encode import encode_batches
-from tunesmith.data.mix import plan_mixture, shares_of
+from tunesmith.data.mix import check_stop, places, plan_mixture, shares_of
 from tunesmith.data.normalize import Example, fingerprint
 from tunesmith.data.pack import TOKEN_COLUMNS, pack
 from tunesmith.data.prepare import TOKEN_TYPES, as_dataset, batched, joined, note_duplicates
 from tunesmith.data.report import Report
 from tunesmith.errors import ConfigError
+from tunesmith.train.batching import shuffled
 from tunesmith.train.reading import Preparation, Reader, check_report, numbered, values_of
 from tunesmith.train.ready import masks_in, ready, refitted
 from tunesmith.train.streaming import (
@@ -50,7 +51,7 @@ def prepared(name: str, dataset: Any, how: Preparation, report: Report) -> Any:
     _check_kind(name, dataset)
     if yields_tokens(dataset):
         return dataset
-    documents = _documents(name, dataset, how, report)
+    documents = _documents(name, dataset, how.only_tokens() if how.packing else how, report)
     return packed(documents, how) if how.packing else _shuffled(documents, how)
 
 
@@ -67,14 +68,13 @@ def prepared_mixture(name: str, parts: Mapping[str, Any], how: Preparation, repo
         raise ConfigError(f"{name}: skip_prepare_dataset leaves nothing to mix. Give one dataset, see mix_datasets.")
     names = list(parts)
     shares = None if how.mixture_weights is None else shares_of(how.mixture_weights, names)
-    if how.mixture_stop not in ("first", "all"):
-        raise ConfigError(f"dataset_kwargs: mixture_stop is 'first' or 'all', not {how.mixture_stop!r}.")
+    check_stop(how.mixture_stop)
     found = []
     for key, part in parts.items():
         label = f"{name}[{key}]"
         _check_kind(label, part)
         reports[label] = Report()
-        found.append(_documents(label, part, how.of_part(), reports[label]))
+        found.append(_documents(label, part, how.only_tokens(), reports[label]))
     mixture = _mixed(name, found, shares, how)
     return packed(mixture, how) if how.packing else _shuffled(mixture, how)
 
@@ -83,8 +83,8 @@ def packed(documents: TokenRows, how: Preparation) -> TokenRows:
     """Documents joined into rows of at most `how.max_length` tokens; rows that are packed already stay as they are."""
     if isinstance(documents, Stream):
         return PackedStream(documents, how)
-    if "seq_lengths" in documents.column_names:
-        return documents
+    if "seq_lengths" in columns_of(documents):
+        return _shuffled(documents, how)
     return pack(_shuffled(documents, how), how.max_length, how.packing_strategy)
 
 
@@ -124,36 +124,37 @@ def _check_labelled(name: str, dataset: Any, how: Preparation) -> None:
 
 
 def _shuffled(documents: Any, how: Preparation) -> Any:
-    return documents.shuffle(seed=how.seed) if how.shuffle and isinstance(documents, datasets.Dataset) else documents
+    if not how.shuffle or isinstance(documents, Stream):  # a stream shuffles what it reads
+        return documents
+    if isinstance(documents, datasets.Dataset):
+        return documents.shuffle(seed=how.seed)
+    return Subset(documents, shuffled(len(documents), how.seed, epoch=0).tolist())
 
 
 def _documents(name: str, dataset: Any, how: Preparation, report: Report) -> Any:
     """Token rows, one document each, whatever the dataset is."""
-    if isinstance(dataset, IterableDataset | datasets.IterableDataset):
-        columns = getattr(dataset, "column_names", None) or ()
-        _warn_of_columns(name, columns, how)
-        warn_of_function(name, columns, how)
-        function = None if "input_ids" in columns else how.formatting_func
-        how = replace(how, keep_columns=how.keep_columns and not how.packing, formatting_func=function)
-        return TokenStream(name, dataset, how, report)
     columns = columns_of(dataset)
     _warn_of_columns(name, columns, how)
     warn_of_function(name, columns, how)
+    if isinstance(dataset, IterableDataset | datasets.IterableDataset):
+        function = None if "input_ids" in columns else how.formatting_func
+        return TokenStream(name, dataset, replace(how, formatting_func=function), report)
     if "input_ids" in columns:
         return ready(name, dataset, columns, how, report)
     return _encoded(name, dataset, how, report)
 
 
 def columns_of(dataset: Any) -> list[str]:
-    """The columns of the first row, which is as the person's format or transform makes it."""
-    first = dataset[0] if len(dataset) else None
+    """The columns of the first row as the person's format or transform makes it; what a stream says of itself."""
+    is_stream = isinstance(dataset, IterableDataset | datasets.IterableDataset)
+    first = None if is_stream or not len(dataset) else dataset[0]
     return list(first) if isinstance(first, Mapping) else list(getattr(dataset, "column_names", None) or ())
 
 
 def _warn_of_columns(name: str, columns: Iterable[str], how: Preparation) -> None:
     """Say aloud that kept columns are not for the trainer's own collators."""
     extra = [column for column in columns if column not in ("input_ids", "labels", "attention_mask")]
-    if how.keep_columns and extra and not how.packing:
+    if how.keep_columns and extra:
         warnings.warn(
             f"remove_unused_columns=False keeps the columns {', '.join(map(str, extra))} of {name} beside the tokens. "
             "The trainer's own collators leave them out of the batch; a data_collator of yours may read them.",
@@ -184,11 +185,11 @@ def _encoded(name: str, dataset: Any, how: Preparation, report: Report) -> datas
         parts.append(as_dataset([tokens for _, tokens in encoded]))
         numbers += [batch[index]["line"] for index, _ in encoded]
     note_duplicates(report, num_examples - len(seen), num_examples)
-    check_report(report, how.packing)
+    check_report(name, report, how.packing)
     tokens = joined(parts)
-    if how.own_collator and not how.packing:
+    if how.own_collator:
         tokens = _for_own_collator(tokens, reader)
-    return _beside(tokens, dataset, numbers) if how.keep_columns and not how.packing else tokens
+    return _beside(tokens, dataset, numbers) if how.keep_columns else tokens
 
 
 def _for_own_collator(tokens: datasets.Dataset, reader: Reader) -> datasets.Dataset:
@@ -213,21 +214,20 @@ def _mixed(name: str, parts: list[Any], shares: np.ndarray | None, how: Preparat
     """Token rows of all parts, by their shares."""
     if any(isinstance(part, IterableDataset) for part in parts):
         streams = [
-            part if isinstance(part, Stream) else TokenStream(name, part, how.of_part(), Report()) for part in parts
+            part if isinstance(part, Stream) else TokenStream(name, part, how.only_tokens(), Report())
+            for part in parts
         ]
         return MixedStream(streams, shares, how.seed, how.mixture_stop)
     tables = [_plain_rows(name, part, how) for part in parts]
-    sizes = [len(table) for table in tables]
-    whole = joined(tables)
     if shares is None:
-        return whole
-    plan = plan_mixture(sizes, shares, how.seed, how.mixture_stop)
-    return whole.select((np.cumsum(sizes) - sizes)[plan[:, 0]] + plan[:, 1])
+        return joined(tables)
+    sizes = [len(table) for table in tables]
+    return joined(tables).select(places(plan_mixture(sizes, shares, how.seed, how.mixture_stop), sizes))
 
 
 def _plain_rows(name: str, part: Any, how: Preparation) -> datasets.Dataset:
     """Token rows with no column that other parts lack; rows that came packed are documents again."""
-    table = part if isinstance(part, datasets.Dataset) else refitted(name, part, how.of_part(), Report())
+    table = part if isinstance(part, datasets.Dataset) else refitted(name, part, how.only_tokens(), Report())
     if "seq_lengths" in table.column_names:
         return as_dataset([document for row in table for document in documents_of(row)])
     table = table.select_columns([column for column in TOKEN_COLUMNS if column in table.column_names])

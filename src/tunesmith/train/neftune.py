@@ -38,9 +38,8 @@ class EmbeddingNoise:
         length, width = output.shape[-2:]
         size = self.alpha / (length * width) ** 0.5
         if self._lengths is not None and fits(self._lengths, output):
-            size = self.alpha * (self._lengths.unsqueeze(-1).float() * width).rsqrt().to(
-                output.dtype
-            )  # (B or 1, S or 1, 1)
+            lengths = self._lengths.unsqueeze(-1).float()  # (B or 1, S or 1, 1)
+            size = self.alpha * (lengths * width).rsqrt().to(output.dtype)
         return output + torch.empty_like(output).uniform_(-1.0, 1.0) * size
 
 

@@ -136,6 +136,16 @@ class SFTConfig(LegacyFields, TrainingFields, Seq2SeqTrainingArguments):
         """Whether the trainer decides about gradient checkpointing."""
         return self.gradient_checkpointing is None
 
+    @property
+    def device(self) -> torch.device:
+        """The device of this process; `cpu` without an index.
+
+        Among several processes accelerate says `cpu:0`, and transformers 5.17 hands that to `torch.load` when it
+        resumes, which knows no such place (5.23 leaves it out itself).
+        """
+        found = super().device
+        return torch.device("cpu") if found.type == "cpu" else found
+
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON can hold them; Hub tokens are blotted out.
 

@@ -84,3 +84,34 @@ def changed(processing_class: Any, changes: dict[str, str]) -> Any:
             if key == "chat_template" or part is tokenizer:
                 setattr(part, key, value)
     return processing_class
+
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def special_ids(model: Any) -> dict[tuple[str, str], Any]:
+    """The special ids in a model's configs, by config and name."""
+    return {(kind, name): getattr(config, name, None) for kind, config in _configs(model) for name in SPECIAL_IDS}
+
+
+def mend_special_ids(model: Any, before: dict[tuple[str, str], Any]) -> None:
+    """Take back what transformers' trainer wrote into the model's configs from the tokenizer, where it does harm.
+
+    A padding id that is also a stop token makes `generate` take the stop tokens of a prompt for padding, and answer
+    nothing (huggingface/transformers#48016). Up to 5.17 an id that the tokenizer lacks was erased (#48592). A stop
+    token that the tokenizer brings stays.
+    """
+    for kind, config in _configs(model):
+        stops = getattr(config, "eos_token_id", None)
+        stops = stops if isinstance(stops, list | tuple) else [stops]
+        for name in SPECIAL_IDS:
+            old, new = before.get((kind, name)), getattr(config, name, None)
+            if (new is None and old is not None) or (name == "pad_token_id" and new != old and new in stops):
+                setattr(config, name, old)
+
+
+def _configs(model: Any) -> list[tuple[str, Any]]:
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = [("model", config), ("generation", getattr(model, "generation_config", None))]
+    return [(kind, one) for kind, one in found if one is not None]

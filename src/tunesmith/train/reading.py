@@ -78,8 +78,8 @@ class Preparation:
             label_with=self.label_with,
         )
 
-    def of_part(self) -> "Preparation":
-        """The preparation of one part of a mixture: token rows with nothing beside, so that they go together."""
+    def only_tokens(self) -> "Preparation":
+        """The same for rows that go on to be mixed or packed: token rows with nothing beside."""
         return replace(self, own_collator=False, keep_columns=False)
 
 
@@ -123,17 +123,16 @@ def preparation_of(
     )
 
 
-def check_report(report: Report, packing: bool) -> None:
+def check_report(name: str, report: Report, packing: bool) -> None:
     """Stop before training on nothing.
 
-    Raises: DataError that says what became of the rows.
+    Raises: DataError that says what became of the rows of dataset `name`.
     """
     try:
         report.check(max_drop_ratio=1.0)
     except DataError as error:
-        if packing and not report.kept:
-            raise DataError(f"{NOT_PACKED} Here {error}") from None
-        raise
+        not_packed = f"{NOT_PACKED} Here " if packing and not report.kept else ""
+        raise DataError(f"{name}: {not_packed}{error}") from None
 
 
 # Rows to be rendered -----------------------------------------------------------------------------------------------

@@ -10,17 +10,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tunesmith.data import IGNORE_INDEX
-from tunesmith.data.encode import fit
-from tunesmith.data.pack import TOKEN_COLUMNS
+from tunesmith.data.encode import fit, own_labels
+from tunesmith.data.normalize import Example
+from tunesmith.data.pack import TOKEN_COLUMNS, list_array
 from tunesmith.data.prepare import as_dataset, batched, joined
 from tunesmith.data.report import Report
-from tunesmith.data.rows import Row
+from tunesmith.data.rows import Row, RowError
 from tunesmith.data.tokenize import Tokens
-from tunesmith.errors import DataError
 from tunesmith.train.reading import Preparation, check_report, numbered, values_of
 
 MASKS = ("completion_mask", "assistant_masks")  # TRL's columns of 0 and 1 beside input_ids
-ROW_COLUMNS = (*TOKEN_COLUMNS, *MASKS, "attention_mask")
+ROW_COLUMNS = (*TOKEN_COLUMNS, *MASKS, "attention_mask", "seq_lengths")
 ROWS_AT_ONCE = 1000
 
 
@@ -31,41 +31,60 @@ def ready(name: str, dataset: Any, columns: list[str], how: Preparation, report:
     """
     if (how.packing and "seq_lengths" not in columns) or how.label_with is not None:
         return refitted(name, dataset, how, report)
-    report.read = report.kept = len(dataset)
-    if how.own_collator:
-        return dataset
     is_table = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
-    if not is_table:
-        finished = "labels" in columns and "attention_mask" not in columns and not isinstance(dataset, list | tuple)
-        return dataset if finished else refitted(name, dataset, how, report)
-    table = dataset.with_format("arrow")
-    if "attention_mask" in columns and not _is_all_true(table, "attention_mask"):
+    is_finished = "labels" in columns and "attention_mask" not in columns and not isinstance(dataset, list | tuple)
+    if how.own_collator or (is_finished and not is_table):
+        report.read = report.kept = len(dataset)
+        return dataset
+    if not is_table or not _are_whole(rows := _arrow(dataset)):
         return refitted(name, dataset, how, report)
     if "labels" not in columns:
-        labels = _labels(table, masks_in(columns, how.train_on))
-        dataset = dataset.with_format(None).add_column("labels", labels)
-    _count_tokens(dataset, report)
+        dataset = dataset.with_format(None)  # which may have hidden them
+    if "labels" not in rows.column_names:
+        labels = _masked_ids(rows, masks_in(rows.column_names, how.train_on))
+        rows, dataset = rows.append_column("labels", labels), dataset.add_column("labels", labels)
+    _count(rows, report)
     return dataset
 
 
 def refitted(name: str, dataset: Any, how: Preparation, report: Report) -> datasets.Dataset:
     """The rows read one by one: without padding, and where they are packed, of lengths that can be."""
-    report.read = report.kept = 0
-    parts, packed_lengths = [], []
+    parts, lengths, is_packed = [], [], False
     for batch in batched(numbered(name, values_of(dataset), from_table=False), ROWS_AT_ONCE):
-        kept = []
-        for row in batch:
-            tokens = fitted(token_row(row, how.train_on), row, how, report)
-            kept += [] if tokens is None else [tokens]
-        report.read += len(batch)
-        report.kept += len(kept)
-        report.add_tokens(kept)
+        kept = [tokens for row in batch if (tokens := fitted(row, how, report)) is not None]
         parts.append(as_dataset(kept))
-        packed_lengths += [tokens["seq_lengths"] for tokens in kept if "seq_lengths" in tokens]
-    if how.packing:
-        check_report(report, how.packing)
-    rows = joined(parts)
-    return rows.add_column("seq_lengths", packed_lengths) if packed_lengths else rows
+        lengths += [tokens.get("seq_lengths") or [len(tokens["input_ids"])] for tokens in kept]
+        is_packed = is_packed or any("seq_lengths" in tokens for tokens in kept)
+    if not report.kept:
+        check_report(name, report, how.packing)
+    return joined(parts).add_column("seq_lengths", lengths) if is_packed else joined(parts)
+
+
+def fitted(row: Row, how: Preparation, report: Report) -> Tokens | None:
+    """A row that somebody tokenized: as it is, or under packing of a length that can be packed.
+
+    Returns: `None` for a row that is dropped; the report counts it either way.
+    """
+    report.read += 1
+    place: Example = {"source": row.source, "line": row.line}
+    try:
+        tokens: Tokens | None = token_row(row, how.train_on)
+    except RowError as error:
+        if how.on_bad_row == "error":
+            raise
+        report.dropped(error.reason, row, str(error))
+        return None
+    if not tokens["input_ids"]:
+        report.dropped("no-token", row)
+        return None
+    if how.packing and "seq_lengths" not in tokens:
+        tokens = fit(place, tokens, how.tokenizer, how.encoding, report)
+    elif how.label_with is not None:
+        tokens["labels"] = labels_of(tokens, lambda ids: own_labels(place, ids, how.label_with))
+    if tokens is not None:
+        report.kept += 1
+        report.add_tokens([tokens])
+    return tokens
 
 
 def token_row(row: Row, train_on: str) -> Tokens:
@@ -73,23 +92,25 @@ def token_row(row: Row, train_on: str) -> Tokens:
 
     `completion_mask` counts unless `train_on` is "all". Where `attention_mask` is 0 stands padding: it is taken out.
 
-    Raises: DataError where columns are not as long as the ids.
+    Raises: RowError where columns are not as long as the ids, or `seq_lengths` do not add up to them.
     """
-    found = {name: as_list(row.value[name]) for name in ROW_COLUMNS if row.value.get(name) is not None}
-    if "input_ids" not in found or any(len(values) != len(found["input_ids"]) for values in found.values()):
-        lengths = ", ".join(f"{name} {len(values)}" for name, values in found.items())
-        raise DataError(
-            f"{row.source} row {row.line}: columns of one row must be equally long, found {lengths or 'none'}. Give "
-            "every row input_ids, and labels or masks of the same length."
-        )
+    found = {name: as_list(row.value[name], name) for name in ROW_COLUMNS if row.value.get(name) is not None}
+    sizes = {name: sum(values) if name == "seq_lengths" else len(values) for name, values in found.items()}
+    if "input_ids" not in found or len(set(sizes.values())) > 1:
+        lengths = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise RowError(
+            f"columns of one row must be equally long, found {lengths or 'none'}. Give every row input_ids, and "
+            "labels or masks of the same length.",
+            "unequal-columns",
+        ).at(row.source, row.line)
     tokens: Tokens = {"input_ids": found["input_ids"]}
     masks = [found[name] for name in masks_in(found, train_on)]
     unmasked = [id if all(bits) else IGNORE_INDEX for id, *bits in zip(found["input_ids"], *masks)]
     tokens["labels"] = found.get("labels", unmasked)
     if "weights" in found:
         tokens["weights"] = found["weights"]
-    if row.value.get("seq_lengths") is not None:  # packed by somebody
-        return tokens | {"seq_lengths": as_list(row.value["seq_lengths"])}
+    if "seq_lengths" in found:  # packed by somebody
+        return tokens | {"seq_lengths": found["seq_lengths"]}
     seen = found.get("attention_mask", ())
     if not all(seen):
         tokens = {name: [item for item, is_seen in zip(items, seen) if is_seen] for name, items in tokens.items()}
@@ -101,19 +122,13 @@ def masks_in(columns: Mapping[str, Any] | Sequence[str], train_on: str) -> list[
     return [name for name in MASKS if name in columns and not (name == "completion_mask" and train_on == "all")]
 
 
-def as_list(values: Any) -> list:
-    """A list, whether it comes as list, array or tensor."""
-    return values.tolist() if hasattr(values, "tolist") else list(values)
-
-
-def fitted(tokens: Tokens, row: Row, how: Preparation, report: Report) -> Tokens | None:
-    """The tokens of a row that somebody tokenized: as they are, or under packing of a length that can be packed."""
-    if not how.packing or "seq_lengths" in tokens:
-        return tokens if how.label_with is None else {**tokens, "labels": labels_of(tokens, how.label_with)}
-    if not tokens["input_ids"]:
-        report.dropped("no-token", row)
-        return None
-    return fit({"source": row.source, "line": row.line}, tokens, how.tokenizer, how.encoding, report)
+def as_list(values: Any, column: str) -> list:
+    """A row's numbers as a list; tokenizers asked for tensors put a dimension of 1 in front."""
+    numbers = values.tolist() if hasattr(values, "tolist") else list(values)
+    nested = bool(numbers) and hasattr(numbers[0], "__len__")
+    if nested and len(numbers) > 1:
+        raise RowError(f"{column} of one row holds {len(numbers)} lists. Give one row at a time, a list of numbers.")
+    return as_list(numbers[0], column) if nested else numbers
 
 
 def labels_of(tokens: Tokens, label_with: Callable[[list[int]], list[int]]) -> list[int]:
@@ -122,37 +137,50 @@ def labels_of(tokens: Tokens, label_with: Callable[[list[int]], list[int]]) -> l
     return [label for first, stop in pairwise(edges) for label in label_with(tokens["input_ids"][first:stop])]
 
 
-def _is_all_true(table: datasets.Dataset, name: str) -> bool:
-    chunks = table.select_columns([name])[:][name].chunks
-    return all(pc.all(pc.cast(chunk.flatten(), pa.bool_())).as_py() is not False for chunk in chunks)
+def _arrow(dataset: datasets.Dataset) -> pa.Table:
+    """The columns that count, whichever the person's format shows."""
+    dataset = dataset.with_format("arrow")
+    return dataset.select_columns([name for name in ROW_COLUMNS if name in dataset.column_names])[:]
 
 
-def _labels(table: datasets.Dataset, masks: list[str]) -> Any:
+def _are_whole(rows: pa.Table) -> bool:
+    """Whether every row has tokens and no padding, and all columns of a row are of its length."""
+    if not len(rows) or any(one.null_count or pa.types.is_nested(one.type.value_type) for one in rows.columns):
+        return False
+    lengths = _lengths(rows["input_ids"])
+    sizes = [_sums(rows[name]) if name == "seq_lengths" else _lengths(rows[name]) for name in rows.column_names]
+    if not lengths.all() or not all(np.array_equal(size, lengths) for size in sizes):
+        return False
+    seen = rows["attention_mask"].chunks if "attention_mask" in rows.column_names else ()
+    return all(pc.all(pc.cast(chunk.flatten(), pa.bool_())).as_py() for chunk in seen)
+
+
+def _sums(lists: pa.ChunkedArray) -> np.ndarray:
+    """The sum of each list."""
+    flat = np.concatenate([chunk.flatten().to_numpy() for chunk in lists.chunks])
+    return np.diff(np.append(0, np.cumsum(flat))[np.cumsum(_lengths(lists))], prepend=0)
+
+
+def _lengths(lists: Any) -> np.ndarray:
+    return pc.list_value_length(lists).to_numpy()
+
+
+def _masked_ids(rows: pa.Table, masks: list[str]) -> pa.ChunkedArray:
     """The ids, less what the masks leave out."""
-    columns = table.select_columns(["input_ids", *masks])[:]
-    ids = columns["input_ids"]
-    if not masks or not len(table):
-        return ids
-    ids = ids.combine_chunks()
-    flat = ids.flatten().to_numpy(zero_copy_only=False).copy()
-    for name in masks:
-        kept = columns[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        if len(kept) != len(flat):
-            raise DataError(
-                f"column '{name}' has {len(kept)} values for {len(flat)} input_ids. Make them equally long."
-            )
-        flat[~kept.astype(bool)] = IGNORE_INDEX
-    lengths = pc.list_value_length(ids).to_numpy()
-    return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), flat)
+    chunks = []
+    for batch in rows.to_batches():
+        ids = batch["input_ids"].flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+        for name in masks:
+            ids[~batch[name].flatten().to_numpy(zero_copy_only=False).astype(bool)] = IGNORE_INDEX
+        chunks.append(list_array(ids, _lengths(batch["input_ids"])))
+    return pa.chunked_array(chunks)
 
 
-def _count_tokens(dataset: datasets.Dataset, report: Report) -> None:
-    """Lengths and trained tokens, without a Python object for each token."""
-    if not len(dataset):
-        return
-    table = dataset.with_format("arrow").select_columns(["input_ids", "labels"])[:]
-    report.lengths = pc.list_value_length(table["input_ids"]).to_pylist()
+def _count(rows: pa.Table, report: Report) -> None:
+    """Rows, their lengths and trained tokens, without a Python object for each token."""
+    report.read = report.kept = len(rows)
+    report.lengths = _lengths(rows["input_ids"]).tolist()
     report.num_tokens = sum(report.lengths)
     report.num_trained = sum(
-        pc.sum(pc.not_equal(chunk.flatten(), IGNORE_INDEX)).as_py() or 0 for chunk in table["labels"].chunks
+        pc.sum(pc.not_equal(chunk.flatten(), IGNORE_INDEX)).as_py() for chunk in rows["labels"].chunks
     )

@@ -31,7 +31,7 @@ from tunesmith.train.arguments import (
 )
 from tunesmith.train.batching import EpochSampler
 from tunesmith.train.choose import keeps_masters, settled
-from tunesmith.train.collate import FlatCollator, PaddedCollator
+from tunesmith.train.collate import FlatCollator, LocatedCollator, PaddedCollator
 from tunesmith.train.completion_only import DataCollatorForCompletionOnlyLM, LabelsForReport
 from tunesmith.train.datasets import prepared, prepared_mixture
 from tunesmith.train.evaluation import EvaluatingTrainer
@@ -103,9 +103,9 @@ class SFTTrainer(EvaluatingTrainer):
     ):
         check_arguments(self, locals())
         args = modernized(as_sft_config(args))
-        loss_kind(args.loss_type, args.label_smoothing_factor)  # wrong names are told before anything is loaded
-        if args.use_liger_kernel:
-            check_liger(args.liger_kernel_config)
+        check_unloaded(args)
+        if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
+            raise ConfigError("optimizers and optimizer_cls_and_kwargs both name the optimizer. Give one of them.")
         if args.device.type == "cpu":
             allocator.tune()
         self.args, self.model_init, self._peft_config = args, model_init, peft_config
@@ -149,8 +149,6 @@ class SFTTrainer(EvaluatingTrainer):
         )
         if optimizers[0] is not None:
             check_optimizer(optimizers[0], model)
-        if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
-            raise ConfigError("optimizers and optimizer_cls_and_kwargs both name the optimizer. Give one of them.")
         self.model_init = model_init
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs  # Seq2SeqTrainer does not pass it on
         if use_cache is not None:
@@ -216,7 +214,8 @@ class SFTTrainer(EvaluatingTrainer):
                 UserWarning,
                 stacklevel=5,
             )
-        if how.packing and not evaluation and not how.skip:
+        ours = found is not dataset or hasattr(found, "infinite")
+        if how.packing and not evaluation and ours:
             found.infinite = self.args.max_steps > 0  # a stream begins again at its end; TRL's rows say so, too
         return found
 
@@ -227,7 +226,7 @@ class SFTTrainer(EvaluatingTrainer):
             pad = getattr(self.tokenizer, "pad_token_id", None)
             self.data_collator = PaddedCollator(0 if pad is None else pad, self.args.pad_to_multiple_of)
         elif self._own_batches:
-            self.data_collator = FlatCollator(boundaries=support.layout == "documents")
+            self.data_collator = FlatCollator(support.layout == "documents", self.args.pad_to_multiple_of)
         self._attention_configs = attention_configs(self.model) if support.layout == "documents" else []
         kind = "varlen flash attention" if self.args.device.type == "cuda" else "causal attention per document"
         said = {
@@ -282,16 +281,16 @@ class SFTTrainer(EvaluatingTrainer):
                 raise ConfigError(
                     "tokens_per_batch needs the lengths of all rows, which a stream does not tell. Remove it."
                 )
-            return stream_loader(dataset, self._train_batch_size, self._collator("training"), args)
+            collate = self._collator("training", dataset)
+            return stream_loader(dataset, self._train_batch_size, collate, args)
         if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             return super().get_train_dataloader()
-        if not self._own_batches:  # it cannot make a batch of no rows, so transformers shares them out
-            if args.tokens_per_batch is None:
-                return super().get_train_dataloader()
-            if args.world_size > 1:
+        if not self._own_batches and args.world_size > 1:  # no batch of no rows, so transformers shares them out
+            if args.tokens_per_batch is not None:
                 raise ConfigError("tokens_per_batch: with a data_collator of your own only on one process. Remove it.")
+            return super().get_train_dataloader()
         batches = train_batches(dataset, args, self._train_batch_size)
-        return loader(self._read(dataset, "training"), batches, self.data_collator, args)
+        return loader(self._read(dataset, "training"), batches, self._collator("training", dataset), args)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -310,12 +309,11 @@ class SFTTrainer(EvaluatingTrainer):
         if dataset is None:
             raise ConfigError("eval_dataset is missing. Give it to SFTTrainer or to evaluate().")
         if isinstance(dataset, IterableDataset | datasets.IterableDataset):
-            return stream_loader(dataset, self.args.eval_batch_size, self._collator("evaluation"), self.args)
-        if not self._own_batches:
+            return stream_loader(dataset, self.args.eval_batch_size, self._collator("evaluation", dataset), self.args)
+        if not self._own_batches and self.args.world_size > 1:
             return super().get_eval_dataloader(eval_dataset)
-        return loader(
-            self._read(dataset, "evaluation"), eval_batches(dataset, self.args), self.data_collator, self.args
-        )
+        batches, collate = eval_batches(dataset, self.args), self._collator("evaluation", dataset)
+        return loader(self._read(dataset, "evaluation"), batches, collate, self.args)
 
     def _read(self, dataset: Any, description: str) -> Any:
         """Without the columns that no collator reads."""
@@ -323,10 +321,13 @@ class SFTTrainer(EvaluatingTrainer):
             return self._remove_unused_columns(dataset, description)
         return dataset
 
-    def _collator(self, description: str) -> Callable:
+    def _collator(self, description: str, dataset: Any) -> Callable:
+        """Our collator, or the caller's with what ours find out; it sees the columns that transformers keeps."""
         if self._own_batches:
             return self.data_collator
-        return self._get_collator_with_removed_columns(self.data_collator, description)
+        is_table = isinstance(dataset, datasets.Dataset)  # `_read` has removed its columns
+        given = self.data_collator
+        return LocatedCollator(given if is_table else self._get_collator_with_removed_columns(given, description))
 
     # ---- after ---------------------------------------------------------------------------------------------------
 
@@ -349,6 +350,13 @@ class SFTTrainer(EvaluatingTrainer):
                 reports=self.reports,
                 log_history=self.state.log_history,
             )
+
+
+def check_unloaded(args: SFTConfig) -> None:
+    """Raise ConfigError for what can be told to be wrong before a model is loaded."""
+    loss_kind(args.loss_type, args.label_smoothing_factor)
+    if args.use_liger_kernel:
+        check_liger(args.liger_kernel_config)
 
 
 def labels_by(data_collator: Any, args: SFTConfig) -> Callable[[list[int]], list[int]] | None:

@@ -20,6 +20,7 @@ from tunesmith.train.collate import loss_positions
 from tunesmith.train.head import HeadLoss, loss_in_head
 from tunesmith.train.loss import PLAIN, TokenLoss, loss_kind
 from tunesmith.train.neftune import EmbeddingNoise, noisy_embeddings
+from tunesmith.train.processing import mend_special_ids, special_ids
 
 HOST_KEYS = ("labels", "loss_index", "loss_targets", "loss_weights", "num_tokens", "skip_logits")
 FIGURES = ("correct", "entropy", "count", "nll", "weight")
@@ -42,6 +43,7 @@ class TokenTrainer(Seq2SeqTrainer):
         self.label_names = ["labels"]  # transformers reads them off a forward's signature, which wrappers hide
         self.tokens_seen = 0
         self._tokens_before: int | None = None  # of the sessions before this one, all processes
+        self._steps_before = 0
         self._attention_configs: list[Any] = []
         self._figures = torch.zeros(len(FIGURES))
         self.loss_kind = loss_kind(self.args.loss_type, self.args.label_smoothing_factor)
@@ -51,6 +53,7 @@ class TokenTrainer(Seq2SeqTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; arguments as in transformers: `resume_from_checkpoint`, `trial`, `ignore_keys_for_eval`."""
+        self._steps_before, self._special_ids = 0, special_ids(self.model)
         try:
             output = super().train(*args, **kwargs)
         finally:
@@ -58,7 +61,7 @@ class TokenTrainer(Seq2SeqTrainer):
         if self.args.include_tokens_per_second:
             tokens = self._count_tokens() - (self._tokens_before or 0)
             output.metrics["train_tokens_per_second"] = tokens / output.metrics["train_runtime"]
-        return output
+        return output._replace(training_loss=output.metrics["train_loss"])
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """With noise on the embeddings of the model that trains, which `train` may have made anew.
@@ -68,6 +71,7 @@ class TokenTrainer(Seq2SeqTrainer):
         self.tokens_seen, self._tokens_before = 0, None
         self._figures = torch.zeros(len(FIGURES), device=self.args.device)
         model = self.accelerator.unwrap_model(self.model)
+        mend_special_ids(model, self._special_ids)
         with noisy_embeddings(model, self.args.neftune_noise_alpha) as self._noise:
             return super()._inner_training_loop(*args, **kwargs)
 
@@ -87,6 +91,7 @@ class TokenTrainer(Seq2SeqTrainer):
         """Forward and backward of one micro-batch; returns its share of the step's loss."""
         if self._tokens_before is None:
             self._tokens_before = self.state.num_input_tokens_seen  # from the checkpoint, if there was one
+            self._steps_before = self.state.global_step
         self.tokens_seen += real_tokens(inputs)
         with self._attention(inputs), self._activations(), self._noise.of(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
@@ -94,8 +99,9 @@ class TokenTrainer(Seq2SeqTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """On the device, with the places of the loss, which our collators have found already."""
         inputs = super()._prepare_inputs(inputs)
-        check_batch(inputs)
-        return inputs if "loss_index" in inputs else {**inputs, **loss_positions(inputs["labels"])}
+        if "loss_index" in inputs or inputs.get("labels") is None:
+            return inputs
+        return {**inputs, **loss_positions(inputs["labels"])}
 
     def _attention(self, inputs: dict[str, Any]) -> AbstractContextManager:
         """Document attention, for batches that say where documents end."""
@@ -132,6 +138,7 @@ class TokenTrainer(Seq2SeqTrainer):
         self, model: nn.Module, inputs: dict[str, Any], *, metrics: bool = False
     ) -> tuple[TokenLoss, Tensor | None]:
         """Run the model with the loss formed in its head; the sums, and an expert model's load-balancing loss."""
+        check_batch(inputs)
         kind = self.loss_kind if model.training else PLAIN  # evaluation reports what perplexity is made of
         request = loss_request(inputs, plain_head=self.support.plain_head, kind=kind, metrics=metrics)
         head = output_head(self.accelerator.unwrap_model(model))
@@ -200,7 +207,22 @@ class TokenTrainer(Seq2SeqTrainer):
                 logs |= {"mean_token_accuracy": found["correct"] / count, "entropy": found["entropy"] / count}
                 if self.loss_kind != PLAIN:
                     logs["nll"] = found["nll"] / max(found["weight"], 1e-12)
+        if {"train_loss", "train_samples_per_second", "train_steps_per_second"} <= logs.keys():
+            self._count_this_session(logs)
         super().log(logs, start_time)
+
+    def _count_this_session(self, metrics: dict[str, float]) -> None:
+        """Put right what transformers 5.17 says at the end of training; later versions (5.23) say it right.
+
+        It divides the losses of this session by the steps of all sessions, and the steps of the whole schedule by the
+        time of this one.
+        """
+        done = self.state.global_step - self._steps_before
+        if hasattr(self, "_initial_global_step") or done <= 0:
+            return
+        metrics["train_loss"] *= self.state.global_step / done
+        for rate in ("train_samples_per_second", "train_steps_per_second"):
+            metrics[rate] *= done / self.state.max_steps
 
     def _count_tokens(self) -> int:
         """Real tokens trained on by all processes, sessions before this one included; kept in the trainer's state."""
@@ -217,6 +239,8 @@ class TokenTrainer(Seq2SeqTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Model or adapter, tokenizer and template, all as safetensors and JSON; no pickled arguments."""
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # since 5.23 every process comes here, to gather what is sharded
+            return
         folder = output_dir or self.args.output_dir
         if not os.path.basename(os.path.normpath(folder)).startswith("checkpoint-"):
             save_plain_lora(self.model, folder)  # PiSSA and its like; checkpoints keep the form that trains on

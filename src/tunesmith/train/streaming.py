@@ -19,11 +19,12 @@ from tunesmith.data.encode import encode_batch
 from tunesmith.data.mix import draws
 from tunesmith.data.pack import TOKEN_COLUMNS, pack
 from tunesmith.data.prepare import as_dataset
-from tunesmith.data.report import Problem, Report
+from tunesmith.data.report import Problem, Report, place
 from tunesmith.data.rows import Row
 from tunesmith.data.tokenize import Tokens
+from tunesmith.errors import DataError
 from tunesmith.train.reading import Preparation, Reader, check_report, numbered
-from tunesmith.train.ready import fitted, token_row
+from tunesmith.train.ready import fitted
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +71,8 @@ class TokenStream(Stream):
         name: what errors call the stream.
         source: iterable of rows: to be rendered and tokenized, or with `input_ids`, which are taken as they are.
         how: the options.
-        report: counts rows as they are read, over all epochs; in a worker of a DataLoader its own copy does, and
-            what it drops is logged there.
+        report: counts rows as they are read, over all epochs; in a worker of a DataLoader its own copy does. The
+            first row that is dropped or changed for a reason is logged.
     """
 
     def __init__(self, name: str, source: Iterable[Mapping[str, Any]], how: Preparation, report: Report):
@@ -92,7 +93,7 @@ class TokenStream(Stream):
             warn_of_function(self.name, first.value, self.how)
             yield from self._ready(rows) if "input_ids" in first.value else self._encoded(rows)
         if get_worker_info() is None and not self.report.kept:  # the share of one of several workers may be empty
-            check_report(self.report, self.how.packing)
+            check_report(self.name, self.report, self.how.packing)
 
     def _encoded(self, rows: Iterator[Row]) -> Iterator[dict[str, Any]]:
         reader = Reader(self.how)
@@ -112,30 +113,27 @@ class TokenStream(Stream):
         """Rows with `input_ids`: as they are, but for labels; under packing, fitted into a row."""
         for row in rows:
             part = Report()
-            part.read = 1
-            if self.how.own_collator and not self.how.packing:
-                part.kept = 1
-                self._count(part)
-                yield row.value
-                continue
-            tokens = fitted(token_row(row, self.how.train_on), row, self.how, part)
-            if tokens is not None:
-                part.kept = 1
-                part.add_tokens([tokens])
-                yield {**row.value, **tokens} if self.how.keep_columns else tokens
+            if self.how.own_collator:
+                part.read = part.kept = 1
+                tokens: Mapping[str, Any] | None = row.value
+            else:
+                tokens = fitted(row, self.how, part)
             self._count(part)
+            if tokens is not None:
+                yield {**row.value, **tokens} if self.how.keep_columns else tokens
 
     def _count(self, part: Report) -> None:
-        for problem in part.drops:
-            self._say(problem)
+        self._say("dropped", part.drops)
+        self._say("changed", part.changes)
         self.report.add(part, limit=LISTED)
 
-    def _say(self, problem: Problem) -> None:
-        """Log the first row that is dropped for a reason: nobody reads the report of an endless stream."""
-        if problem.reason not in self._said:
-            self._said.add(problem.reason)
-            where = f"{problem.source} row {problem.line}"
-            logger.warning("%s is dropped (%s: %s); further rows are counted", where, problem.reason, problem.detail)
+    def _say(self, what: str, problems: Iterable[Problem]) -> None:
+        """Log the first row that is dropped or changed for a reason: nobody reads the report of an endless stream."""
+        for problem in problems:
+            if problem.reason not in self._said:
+                self._said.add(problem.reason)
+                where, why = place(problem.source, problem.line), f"{problem.reason}: {problem.detail}"
+                logger.warning("%s is %s (%s); further rows are counted", where, what, why)
 
 
 def warn_of_function(name: str, columns: Iterable[str], how: Preparation) -> None:
@@ -220,7 +218,7 @@ def shuffled(rows: Iterator[Row], generator: random.Random) -> Iterator[Row]:
 class MixedStream(Stream):
     """Several streams as one, drawn by weights as `data.mix.plan_mixture` says; without weights one after another."""
 
-    def __init__(self, parts: Sequence[Stream], shares: np.ndarray | None, seed: int, stop: str):
+    def __init__(self, parts: Sequence[TokenStream], shares: np.ndarray | None, seed: int, stop: str):
         super().__init__()
         self.parts, self.shares, self.seed, self.stop = parts, shares, seed, stop
 
@@ -230,13 +228,9 @@ class MixedStream(Stream):
             for part in self.parts:
                 yield from part.one_pass(epoch)
             return
-        waiting: dict[int, Iterator] = {}
-        for index in np.flatnonzero(self.shares).tolist():
-            rows = self.parts[index].one_pass(epoch)
-            first = next(rows, None)
-            if first is not None:  # a worker's share of a part may be empty
-                waiting[index] = chain([first], rows)
-        ahead = {index: next(rows) for index, rows in waiting.items()}
+        rest = {index: self.parts[index].one_pass(epoch) for index in np.flatnonzero(self.shares).tolist()}
+        firsts = {index: next(rows, None) for index, rows in rest.items()}
+        ahead = {index: row for index, row in firsts.items() if row is not None}  # a worker's share may be empty
         ended: set[int] = set()
         for index in chain.from_iterable(array.tolist() for array in draws(self.shares, self.seed, epoch)):
             if not ahead:
@@ -244,13 +238,18 @@ class MixedStream(Stream):
             if index not in ahead:
                 continue
             yield ahead[index]
-            ahead[index] = next(waiting[index], None)
+            ahead[index] = next(rest[index], None)
             if ahead[index] is None:
                 ended.add(index)
                 if self.stop == "first" or len(ended) == len(ahead):
                     return
-                waiting[index] = self.parts[index].one_pass(epoch)
-                ahead[index] = next(waiting[index])
+                rest[index] = self.parts[index].one_pass(epoch)
+                ahead[index] = next(rest[index], None)
+                if ahead[index] is None:
+                    raise DataError(
+                        f"{self.parts[index].name} gave rows once and none when it was read again, as a generator "
+                        "does. Give a stream that can be read several times, or set mixture_stop to 'first'."
+                    )
 
 
 class PackedStream(Stream):
