@@ -367,3 +367,17 @@ def test_ids_that_the_model_does_not_know_are_named(tiny_model, byte_tokenizer, 
     rows = [row, row] if isinstance(row["input_ids"], str) else [good, row]
     with pytest.raises(DataError, match=words):
         make_trainer(tiny_model, byte_tokenizer, datasets.Dataset.from_list(rows), tmp_path)
+
+
+@pytest.mark.parametrize("kind", [datasets.Dataset.from_list, list])
+def test_rows_of_which_nothing_is_trained_stop_the_run(tiny_model, byte_tokenizer, tmp_path, kind):
+    rows = kind([{"input_ids": [1, 2, 3], "labels": [-100] * 3}] * 2)
+    with pytest.raises(DataError, match="train_dataset: nothing is trained: 0 of 6 tokens"):
+        make_trainer(tiny_model, byte_tokenizer, rows, tmp_path)
+
+
+def test_rows_that_nobody_prepared_say_what_they_lack(tiny_model, byte_tokenizer, tmp_path):
+    rows = datasets.Dataset.from_list([{"input_ids": [1, 2, 3]}])
+    options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_steps": 1}
+    with pytest.raises(DataError, match="a row has no input_ids or no labels, only input_ids"):
+        make_trainer(tiny_model, byte_tokenizer, rows, tmp_path, **options).train()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.data import IGNORE_INDEX
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, DataError
 
 
 class FlatCollator:
@@ -107,6 +107,11 @@ def split_documents(row: dict[str, Any]) -> list[dict[str, Tensor]]:
     columns = {
         name: torch.as_tensor(row[name]) for name in ("input_ids", "labels", "weights") if row.get(name) is not None
     }
+    if not {"input_ids", "labels"} <= columns.keys():
+        raise DataError(
+            f"a row has no input_ids or no labels, only {', '.join(row)}. skip_prepare_dataset leaves rows as they "
+            "are: leave it out, or give both."
+        )
     lengths = row.get("seq_lengths")
     if lengths is None:
         return [columns]

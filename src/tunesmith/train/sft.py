@@ -39,7 +39,7 @@ from tunesmith.train.loaders import eval_batches, loader, stream_loader, train_b
 from tunesmith.train.loss import loss_kind
 from tunesmith.train.options import SFTConfig, as_sft_config, modernized
 from tunesmith.train.processing import one_of, processing_for, tokenizer_in
-from tunesmith.train.reading import preparation_of
+from tunesmith.train.reading import check_report, preparation_of
 from tunesmith.train.trainable import adapted, named_model
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ class SFTTrainer(EvaluatingTrainer):
     Args:
         model: a model, or the folder or Hub id of one (of an adapter too, which then goes on training).
         args: an `SFTConfig`; transformers' `TrainingArguments` are taken over; `None` is `SFTConfig()`.
-        data_collator: makes a batch of rows; `None` lays documents end to end without padding.
+        data_collator: makes a batch of rows; `None`, or TRL 0.13's `DataCollatorForLanguageModeling(mlm=False)`, lays
+            documents end to end without padding.
         train_dataset, eval_dataset: rows in a format of `data.formats.FORMATS`, or tokenized rows with `input_ids`
             (and `labels`), which are used as they are: a `datasets.Dataset` or `IterableDataset`, a torch dataset, or
             a list of dicts. `eval_dataset` may be a dict of them.
@@ -205,6 +206,8 @@ class SFTTrainer(EvaluatingTrainer):
         check_ids(name, dataset, self._num_embeddings)
         self.reports[name] = Report()
         found = prepared(name, dataset, how, self.reports[name])
+        if not evaluation and self.reports[name].num_tokens:  # a stream has none yet
+            check_report(name, self.reports[name], how.packing)
         if lost := self.reports[name].losses():
             logger.warning("%s: %s (trainer.reports has every row)", name, lost)
         if how.packing and how.own_collator and not how.skip:

@@ -264,7 +264,7 @@ def check_batch(inputs: Any) -> None:
     if not isinstance(inputs, Mapping):
         raise ConfigError(f"data_collator: expected a dict of tensors, got a {type(inputs).__name__}.")
     if inputs.get("labels") is None:
-        found = ", ".join(key for key in inputs if key != "labels")
+        found = ", ".join(key for key in inputs if key not in HOST_KEYS)
         raise ConfigError(
             f"data_collator: its batch has no labels, only {found}. Add labels: the ids where a token is trained and "
             "-100 elsewhere, not shifted. Or leave data_collator out."
