@@ -4,6 +4,7 @@ import warnings
 
 import datasets
 import pytest
+from transformers import DataCollatorForLanguageModeling
 
 from tests.train.rows import assert_same, first_gradients, make_trainer, reference_gradients
 from tunesmith.train.completion_only import DataCollatorForCompletionOnlyLM, TemplateNotFound
@@ -79,3 +80,12 @@ def test_tokenized_rows_are_labelled_by_the_collator(make_tiny_model, byte_token
     ids = [byte_tokenizer(text["text"])["input_ids"] for text in TEXTS]
     trainer = trainer_with(make_tiny_model(), byte_tokenizer, [{"input_ids": one} for one in ids], tmp_path)
     assert trainer.train_dataset["labels"] == [collator(byte_tokenizer).labels_for(one) for one in ids]
+
+
+# trainer: D1 A4
+def test_a_collator_whose_place_ours_take_still_says_what_to_pad_to(make_tiny_model, byte_tokenizer, tmp_path):
+    completion = collator(byte_tokenizer, pad_to_multiple_of=64)
+    for given in (completion, DataCollatorForLanguageModeling(byte_tokenizer, mlm=False, pad_to_multiple_of=64)):
+        rows = datasets.Dataset.from_list(TEXTS)
+        trainer = make_trainer(make_tiny_model(), byte_tokenizer, rows, tmp_path, data_collator=given)
+        assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[1] % 64 == 0

@@ -111,6 +111,7 @@ class SFTTrainer(EvaluatingTrainer):
             allocator.tune()
         self.args, self.model_init, self._peft_config = args, model_init, peft_config
         self.choices: list[str] = []
+        multiple = getattr(data_collator, "pad_to_multiple_of", None)
         if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             data_collator = unless_default(data_collator, self.choices.append)
         model = self._fresh_model(model, quantization_config)
@@ -125,6 +126,8 @@ class SFTTrainer(EvaluatingTrainer):
         self.reports: dict[str, Report] = {}
         self._formatting_func, self._label_with = formatting_func, labels_by(data_collator, args)
         self._own_batches = data_collator is None or self._label_with is not None
+        if self._own_batches:  # where ours take a given collator's place, they pad as it would have
+            args.pad_to_multiple_of = args.pad_to_multiple_of or multiple
         self._makes_labels = makes_labels(data_collator)
         self._num_embeddings = num_embeddings(model)
         train_dataset = self._prepared("train_dataset", train_dataset)
