@@ -213,6 +213,7 @@ def test_fsdp_options_reach_its_config():
     ("option", "word", "now"),
     [
         ("loss_type", "chunked_nll", "nll"),
+        ("optim", "adamw_hf", "adamw_torch"),
         ("packing_strategy", "ffd", "bfd"),
         ("packing_strategy", "bfd-requeue", "bfd_split"),
     ],

@@ -96,6 +96,7 @@ class LegacyFields:
 OLD_WORDS: dict[str, dict[str, str]] = {
     "loss_type": {"chunked_nll": "nll"},
     "packing_strategy": {"ffd": "bfd", "bfd-requeue": "bfd_split"},
+    "optim": {"adamw_hf": "adamw_torch"},  # transformers' own AdamW, its default until 2023
 }
 
 
