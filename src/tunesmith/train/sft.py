@@ -39,7 +39,7 @@ from tunesmith.train.loaders import eval_batches, loader, stream_loader, train_b
 from tunesmith.train.loss import loss_kind
 from tunesmith.train.options import SFTConfig, as_sft_config, modernized
 from tunesmith.train.processing import one_of, processing_for, tokenizer_in
-from tunesmith.train.reading import check_report, preparation_of
+from tunesmith.train.reading import Preparation, check_report, preparation_of
 from tunesmith.train.trainable import adapted, named_model
 
 logger = logging.getLogger(__name__)
@@ -211,15 +211,7 @@ class SFTTrainer(EvaluatingTrainer):
         found = prepared(name, dataset, how, self.reports[name])
         if not evaluation and self.reports[name].num_tokens:  # a stream has none yet
             check_report(name, self.reports[name], how.packing)
-        if lost := self.reports[name].losses():
-            logger.warning("%s: %s (trainer.reports has every row)", name, lost)
-        if how.packing and how.own_collator and not how.skip:
-            warnings.warn(
-                f"{name}: packed rows hold several documents, whose lengths are in seq_lengths. A data_collator of "
-                "yours has to keep them apart (position_ids that begin again); leave it out, or set packing=False.",
-                UserWarning,
-                stacklevel=5,
-            )
+        say_of_rows(name, self.reports[name], how)
         ours = found is not dataset or hasattr(found, "infinite")
         if how.packing and not evaluation and ours:
             found.infinite = self.args.max_steps > 0  # a stream begins again at its end; TRL's rows say so, too
@@ -356,6 +348,19 @@ class SFTTrainer(EvaluatingTrainer):
                 reports=self.reports,
                 log_history=self.state.log_history,
             )
+
+
+def say_of_rows(name: str, report: Report, how: Preparation) -> None:
+    """Say aloud which rows were lost, and that a caller's collator has packed rows to keep apart."""
+    if lost := report.losses():
+        logger.warning("%s: %s (trainer.reports has every row)", name, lost)
+    if how.packing and how.own_collator and not how.skip:
+        warnings.warn(
+            f"{name}: packed rows hold several documents, whose lengths are in seq_lengths. A data_collator of yours "
+            "has to keep them apart (position_ids that begin again); leave it out, or set packing=False.",
+            UserWarning,
+            stacklevel=6,
+        )
 
 
 def check_unloaded(args: SFTConfig) -> None:
