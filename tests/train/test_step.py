@@ -110,3 +110,15 @@ def test_other_losses_shape_training_and_nll_is_logged(byte_tokenizer, make_tiny
 def test_two_losses_that_nobody_has_defined_together_are_refused(byte_tokenizer, tiny_model, tmp_path):
     with pytest.raises(ConfigError, match="not defined together"):
         make_trainer(tiny_model, byte_tokenizer, token_rows(), tmp_path, loss_type="dft", label_smoothing_factor=0.1)
+
+
+def test_a_step_that_trains_no_token_is_said(make_tiny_model, byte_tokenizer, tmp_path, caplog):
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100] * 3}, {"input_ids": [4, 5, 6], "labels": [4, 5, 6]}]
+    trainer = make_trainer(
+        make_tiny_model(), byte_tokenizer, rows, tmp_path, per_device_train_batch_size=1, num_train_epochs=1
+    )
+    first, second = logged(trainer)
+    assert first["loss"] == 0.0 < second["loss"]
+    assert [record.message for record in caplog.records if "is trained" in record.message] == [
+        "step 1: none of the tokens since the last log line is trained"
+    ]

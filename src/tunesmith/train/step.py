@@ -1,5 +1,6 @@
 """TokenTrainer: transformers' trainer with a loss at trained tokens only, normalised over the whole step."""
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,8 @@ from tunesmith.train.head import HeadLoss, loss_in_head
 from tunesmith.train.loss import PLAIN, TokenLoss, loss_kind
 from tunesmith.train.neftune import EmbeddingNoise, noisy_embeddings
 from tunesmith.train.processing import mend_special_ids, special_ids
+
+logger = logging.getLogger(__name__)
 
 HOST_KEYS = ("labels", "loss_index", "loss_targets", "loss_weights", "num_tokens", "skip_logits")
 FIGURES = ("correct", "entropy", "count", "nll", "weight")
@@ -203,6 +206,10 @@ class TokenTrainer(Seq2SeqTrainer):
             if self.args.token_metrics:
                 found = dict(zip(FIGURES, self.accelerator.reduce(self._figures, "sum").tolist()))
                 self._figures.zero_()
+                if not found["count"]:
+                    logger.warning(
+                        "step %d: none of the tokens since the last log line is trained", self.state.global_step
+                    )
                 count = max(found["count"], 1)
                 logs |= {"mean_token_accuracy": found["correct"] / count, "entropy": found["entropy"] / count}
                 if self.loss_kind != PLAIN:
