@@ -26,7 +26,6 @@ OPTIONS = (
     "learning_rate",
     "lr_scheduler_type",
     "warmup_steps",
-    "warmup_ratio",
     "num_train_epochs",
     "max_steps",
     "per_device_train_batch_size",
