@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 from tests.tiny import make_byte_tokenizer, make_tiny_model
 from tests.train.rows import make_trainer, token_rows
 from tunesmith.errors import ConfigError
+from tunesmith.train import processing
 from tunesmith.train.options import SFTConfig
 from tunesmith.train.sft import SFTTrainer
 
@@ -296,3 +297,48 @@ def test_a_bos_that_only_the_model_names_stays(tmp_path, byte_tokenizer):
     model = make_tiny_model(bos_token_id=7)
     make_trainer(model, tokenizer, token_rows(), tmp_path, max_steps=1).train()
     assert model.config.bos_token_id == model.generation_config.bos_token_id == 7
+
+
+@pytest.mark.parametrize("named", ["folder", "file"])
+def test_a_template_can_be_that_of_another_tokenizer(tmp_path, tiny_model, byte_tokenizer, named):
+    other = make_byte_tokenizer("llama3")
+    other.save_pretrained(tmp_path / "other")
+    path = tmp_path / "other" / ("chat_template.jinja" if named == "file" else "")
+    trainer = make_trainer(tiny_model, byte_tokenizer, token_rows(), tmp_path, chat_template_path=str(path))
+    assert trainer.processing_class.chat_template == other.chat_template
+    assert byte_tokenizer.chat_template != other.chat_template
+
+
+def test_a_tokenizer_without_a_template_has_none_to_give(tmp_path, tiny_model, byte_tokenizer):
+    other = make_byte_tokenizer()
+    other.chat_template = None
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="has no chat template"):
+        make_trainer(tiny_model, byte_tokenizer, token_rows(), tmp_path, chat_template_path=str(tmp_path / "other"))
+
+
+def test_the_tokenizer_is_of_the_models_revision(model_folder, tmp_path, monkeypatch):
+    seen = {}
+    original = processing.load_tokenizer
+    monkeypatch.setattr(processing, "load_tokenizer", lambda name, **given: seen.update(given) or original(name))
+    SFTTrainer(model_folder, config(tmp_path, model_init_kwargs={"revision": "v1"}), train_dataset=token_rows())
+    assert seen == {"revision": "v1"}
+
+
+# trainer: K3
+@pytest.mark.parametrize("name", ["load_in_8bit", "load_in_4bit"])
+def test_quantizing_is_no_argument_of_the_trainer(tiny_model, name):
+    with pytest.raises(ConfigError, match=rf"Set model_init_kwargs={{'{name}': True}}"):
+        SFTTrainer(tiny_model, **{name: True})
+
+
+def test_tensorboards_folder_is_the_one_that_was_named(tmp_path, tiny_model, byte_tokenizer):
+    class TensorBoardCallback(TrainerCallback):  # the package is not needed to see it told
+        logging_dir = None
+
+    callback = TensorBoardCallback()
+    with pytest.warns(UserWarning, match="only TensorBoard"):
+        args = config(tmp_path, logging_dir="boards")
+    with pytest.warns(UserWarning, match="only TensorBoard"):
+        SFTTrainer(tiny_model, args, processing_class=byte_tokenizer, callbacks=[callback])
+    assert callback.logging_dir == "boards"

@@ -237,16 +237,33 @@ def listing(folder: Path) -> str:
 
 
 def read_template(chat_template: str) -> str:
-    """Jinja text as it is, or the content of the file it names.
+    """Jinja text as it is, the content of the file it names, or the template of the tokenizer it names.
 
-    Raises: TemplateError if it names a file that does not exist.
+    Raises: TemplateError for a file or tokenizer that does not exist, and for a tokenizer without a template.
     """
     if "{{" in chat_template or "{%" in chat_template:
         return chat_template
     path = Path(chat_template)
+    is_hub_id = not path.exists() and not path.suffix and chat_template.count("/") == 1
+    if path.is_dir() or is_hub_id:
+        return template_of(chat_template)
     if not path.is_file():
         raise TemplateError(f"chat_template: there is no file {chat_template}, and it is no Jinja text (no '{{{{').")
     return path.read_text(encoding="utf-8")
+
+
+def template_of(name: str) -> str:
+    """The chat template of the tokenizer in a folder, which need hold no model, or on the Hub."""
+    try:
+        template = AutoTokenizer.from_pretrained(name).chat_template
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TemplateError(
+            f"chat_template: {name} holds no tokenizer that can be loaded ({first_line(error)}). Name a Jinja file, or "
+            "a tokenizer's folder or Hub id."
+        ) from error
+    if not isinstance(template, str):
+        raise TemplateError(f"chat_template: the tokenizer {name} has no chat template. Name another.")
+    return template
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

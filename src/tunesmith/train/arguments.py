@@ -14,7 +14,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.lookup import did_you_mean
-from tunesmith.train.options import SFTConfig, UnknownOption
+from tunesmith.train.options import SFTConfig, UnknownOption, why_unknown
 
 FUNCTIONS = (
     *("data_collator", "model_init", "compute_metrics", "preprocess_logits_for_metrics", "formatting_func"),
@@ -34,6 +34,8 @@ def explains_arguments(construct: Callable[..., None]) -> Callable[..., None]:
                 continue
             if name in SFTConfig.__dataclass_fields__:
                 why = f"is an option of SFTConfig: SFTTrainer(..., args=SFTConfig({name}={value!r}))."
+            elif name in ("load_in_8bit", "load_in_4bit"):
+                why = why_unknown(name, known)
             else:
                 why = f"there is no such argument.{did_you_mean(name, known)}"
             raise UnknownOption(f"SFTTrainer: {name}: {why}")

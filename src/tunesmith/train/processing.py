@@ -9,7 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from tunesmith.errors import ConfigError
 from tunesmith.lookup import did_you_mean
 from tunesmith.model.load import load_tokenizer, read_template
-from tunesmith.train.options import SFTConfig
+from tunesmith.train.options import SFTConfig, loading
+
+# Arguments of `from_pretrained` that say where model and tokenizer come from.
+FROM_THE_SAME_PLACE = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 def one_of(processing_class: Any, tokenizer: Any) -> Any:
@@ -31,7 +34,7 @@ def processing_for(model: Any, given: Any, args: SFTConfig) -> Any:
     Raises: ConfigError where nothing says which tokenizer, or `eos_token` or `pad_token` is none of its tokens.
     """
     if given is None:
-        given = own_tokenizer(model)
+        given = own_tokenizer(model, args)
     elif getattr(tokenizer_in(given), "padding_side", "right") != "right":
         warnings.warn(
             f"the tokenizer's padding_side is '{tokenizer_in(given).padding_side}'. In training rows are laid end to "
@@ -55,12 +58,13 @@ def tokenizer_in(processing_class: Any) -> PreTrainedTokenizerBase | None:
     return getattr(processing_class, "tokenizer", None)
 
 
-def own_tokenizer(model: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model's weights; the stop token pads where it has no padding token."""
+def own_tokenizer(model: Any, args: SFTConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model's weights, of the same revision; the stop token pads where nothing else does."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     if not name:
         raise ConfigError("processing_class is missing, and the model was not loaded by a name. Give its tokenizer.")
-    tokenizer = load_tokenizer(name)
+    asked = loading(args)
+    tokenizer = load_tokenizer(name, **{key: asked[key] for key in FROM_THE_SAME_PLACE if key in asked})
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -157,6 +157,9 @@ class SFTTrainer(EvaluatingTrainer):
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs  # Seq2SeqTrainer does not pass it on
         if use_cache is not None:
             model.config.use_cache = use_cache  # the trainer turns it off in the config, which would be saved
+        for callback in self.callback_handler.callbacks:
+            if args.logging_dir is not None and type(callback).__name__ == "TensorBoardCallback":
+                callback.logging_dir = args.logging_dir  # transformers 5 reads an environment variable instead
         tag_model(model)
         self.support = self._probe()
         for line in self.choices:
