@@ -258,7 +258,7 @@ def template_of(name: str) -> str:
         template = AutoTokenizer.from_pretrained(name).chat_template
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TemplateError(
-            f"chat_template: {name} holds no tokenizer that can be loaded ({first_line(error)}). Name a Jinja file, or "
+            f"chat_template: {name} holds no tokenizer that can be loaded ({first_line(error)}). Name a Jinja file or "
             "a tokenizer's folder or Hub id."
         ) from error
     if not isinstance(template, str):
