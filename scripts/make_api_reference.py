@@ -21,7 +21,7 @@ from tunesmith.config import field_docs
 ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "docs" / "api.md"
 OWN = "tunesmith"
-TABLES = {"FORMATS": "format", "ADAPTERS": "adapter", "LOSSES": "loss_type", "METRICS": "compare_metric"}
+TABLES = {"FORMATS": "format", "ADAPTERS": "adapter", "LOSSES": "loss_type", "METRICS": "metrics"}
 INHERITED = {
     "Seq2SeqTrainer": "https://huggingface.co/docs/transformers/main_classes/trainer",
     "Seq2SeqTrainingArguments": "https://huggingface.co/docs/transformers/main_classes/trainer",

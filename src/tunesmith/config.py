@@ -21,6 +21,7 @@ from tunesmith.errors import ConfigError
 
 TrainOn = Literal["assistant", "completion", "last_turn", "all"]
 TooLong = Literal["error", "drop", "truncate", "truncate_left", "keep_last_turns"]
+MixStrategy = Literal["concat", "interleave_under", "interleave_over"]
 
 
 @cache
@@ -63,16 +64,19 @@ def described(cls: type) -> type:
 class RunConfig:
     """What the run does around the training itself."""
 
-    stage: Literal["sft"] = "sft"
-    """What is trained: `sft` learns to answer from examples."""
+    stage: Literal["pt", "sft", "rm"] = "sft"
+    """What is trained: `pt` learns plain text, `sft` to answer from examples, `rm` to prefer the better of two answers
+    (a reward model)."""
     overwrite_output_dir: bool = False
-    """Replace the run that `output_dir` holds. Without it, a folder that is not empty is an error."""
+    """Replace the run that `output_dir` holds. Without it a run that was cut short goes on from its last checkpoint,
+    and any other folder that is not empty is an error."""
     plot_loss: bool = True
-    """Draw `training_loss.png` when training ends."""
+    """Draw `training_loss.png` when training ends, and `training_eval_loss.png` where there were evaluations."""
     compare_rows: Annotated[int, Ge(0)] = 0
-    """Held-out rows answered before and after training, shown side by side with `compare_metric`. 0: none."""
-    compare_metric: str = "exact_match"
-    """Name in `METRICS` or `file.py:function`, computed over the compared rows before and after training."""
+    """Held-out rows answered before and after training, shown side by side with `metrics`. 0: none."""
+    metrics: str | list[str] | None = None
+    """Names in `METRICS` or `file.py:function`, computed over written answers. `None`: `exact_match` for compared
+    rows, BLEU-4 and ROUGE (`bleu_rouge`) with `predict_with_generate`."""
     sample_rows: Annotated[int, Ge(0)] = 0
     """Held-out rows answered at every evaluation, into `samples.jsonl`. 0: none."""
     do_merge: bool = False
@@ -119,13 +123,32 @@ class BaseModelFields:
 class ModelFields(BaseModelFields):
     """The base model and what of it is trained."""
 
+    cache_dir: str | None = None
+    """Folder for downloaded models. `None`: the Hub's own."""
+    hf_token: str | None = None
+    """Access token for gated models; never written to a file. `None`: that of `hf auth login`, or `HF_TOKEN`."""
+    use_fast_tokenizer: bool = True
+    """Take the tokenizer written in Rust. The others give no offsets, and are slow."""
+    checkpoint_dir: str | list[str] | None = None
+    """Where training starts in place of the base's weights: adapter folders, comma-separated, for `lora`; one folder
+    of whole weights for `full` and `freeze`."""
+    resume_lora_training: bool = True
+    """The last adapter of `checkpoint_dir` goes on training. Otherwise all are merged and a new one begins."""
+    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = None
+    """Stretch the positions of a model to texts longer than it was made for: linear (arXiv:2306.15595), dynamic,
+    yarn (arXiv:2309.00071) or llama3."""
+    rope_factor: Annotated[float, Ge(1)] | None = None
+    """How far `rope_scaling` stretches. `None`: to `max_length` in training; 2 for a model that only answers."""
+    upcast_layernorm: bool = False
+    """Hold the norm weights of a frozen half-precision base in float32."""
     gguf_file: str | None = None
     """GGUF file inside the model folder or repository; its weights are converted to full precision (extra `gguf`)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights in memory. `auto`: float32 for what is trained and on CPUs; a frozen base on a GPU keeps
     the checkpoint's own half precision."""
     adapter: str = "lora"
-    """Name in `ADAPTERS` (`lora`, `full`, `freeze`) or `file.py:function`."""
+    """Name in `ADAPTERS` (`lora`, `full`, `freeze`), or `file.py:function`. `none`: the base as it is, which can only
+    be evaluated."""
     lora_init: Literal["default", "pissa", "gaussian", "olora"] = "default"
     """First weights of A and B. `pissa`: the base's principal singular vectors (arXiv:2404.02948), which it then
     lacks; `default`: B is zero."""
@@ -142,18 +165,33 @@ class DataConfig:
     """Where the examples come from and how they are read."""
 
     dataset: str | list[str] | None = None
-    """Files (json, jsonl, csv, parquet, txt), folders of them, or Hub ids; several are joined."""
+    """Files (json, jsonl, csv, parquet, txt), folders of them, Hub ids, or names in `dataset_info.json`; several as a
+    list or comma-separated."""
+    dataset_dir: str = "data"
+    """Folder of `dataset_info.json`, the registry of named datasets, and of their files."""
     eval_dataset: str | list[str] | None = None
     """Held-out examples, as in `dataset`. `None`: `val_size` decides."""
+    eval_on_each_dataset: bool = False
+    """Evaluate each of several sets by itself: `eval_<name>_loss`, ..."""
     split: str = "train"
     """Split of a Hub dataset."""
+    mix_strategy: MixStrategy = "concat"
+    """Several datasets: one after another; drawn in turn until the first ends (`interleave_under`, no row twice);
+    drawn until all have ended (`interleave_over`, rows of the short ones repeat)."""
+    interleave_probs: list[float] | str | None = None
+    """Weight of each dataset in an interleaving, as a list or `0.3,0.7`. `None`: equal weights."""
+    streaming: bool = False
+    """Read rows as training needs them, for data larger than memory. Needs `max_steps`."""
+    buffer_size: Annotated[int, Ge(1)] = 16384
+    """Rows of a stream that are shuffled together."""
     format: str | None = None
     """Name in `FORMATS` (alpaca, sharegpt, messages, prompt-completion, text) or `file.py:function`. `None`: detected
     from the columns and said aloud."""
     columns: dict[str, str] | None = None
     """Renames columns before the format reads them: `{instruction: question, output: answer}`."""
-    system_prompt: str | None = None
-    """System message for every conversation that has none."""
+    system_prompt: str | list[str] | None = None
+    """System message for every conversation that has none; several, as a list or separated by `|`, are one for each
+    dataset."""
     val_size: Annotated[float, Ge(0)] = 0.0
     """Examples held out of `dataset` for evaluation: a share below 1, a count from 1 on."""
     max_samples: Annotated[int, Ge(1)] | None = None
@@ -162,6 +200,11 @@ class DataConfig:
     """A row that cannot be read or understood stops the run, or is skipped and counted."""
     max_drop_ratio: Annotated[float, Ge(0), Le(1)] = 0.05
     """Stop before training when more than this share of the rows would be dropped."""
+    data_cache_dir: str | None = None
+    """Folder of tokenized data, used again while rows, tokenizer, template and options are the same. `None`: the
+    user's cache folder; `off`: none."""
+    overwrite_cache: bool = False
+    """Tokenize anew where `data_cache_dir` holds the same data."""
 
 
 @dataclass
@@ -177,11 +220,17 @@ class TrainingFields:
     too_long: TooLong = "truncate"
     """A longer example: stops the run, is dropped, is cut on the right or the left, or loses its oldest turns. All but
     the first are counted; a cut leaves no false stop token, and a row that it leaves untrained is dropped."""
+    max_source_length: Annotated[int, Ge(1)] | None = None
+    """Longest prompt of a turn, in tokens; the end of a longer one is cut. `None`: only `max_length` counts."""
+    max_target_length: Annotated[int, Ge(1)] | None = None
+    """Longest answer of a turn, in tokens; the end of a longer one is cut. `None`: only `max_length` counts."""
     train_on: TrainOn = "assistant"
     """Tokens the loss covers: every assistant turn; the completion after the prompt; the last assistant turn; all."""
     chat_template: str | None = None
-    """Jinja file, Jinja text, or folder of another tokenizer, whose template is used in place of the tokenizer's own
-    and saved with the model."""
+    """Name in `TEMPLATES` (`chatml`, `llama3`, `alpaca`, ...), Jinja file, Jinja text, or folder of another tokenizer:
+    the template in place of the tokenizer's own, saved with the model."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the template, e.g. `{enable_thinking: false}`; a row's own `chat_template_kwargs` win."""
     eos_token: str | None = None
     """Stop token, in place of the tokenizer's; saved with the model."""
     pad_token: str | None = None
@@ -205,6 +254,10 @@ class TrainingFields:
     """Pack the evaluation set. `None`: as `packing`."""
     tokens_per_batch: Annotated[int, Ge(1)] | None = None
     """Token budget of a micro-batch: as many examples as fit, in place of `per_device_train_batch_size` rows."""
+    padding_side: Literal["right", "left"] = "right"
+    """Where rows are padded that cannot be laid end to end."""
+    ignore_pad_token_for_loss: bool = True
+    """Leave padding out of the loss. If false, rows are padded and the padding is trained as text is."""
     padding_free: bool | None = None
     """Lay examples end to end with no padding and attend within each. `None`: wherever a start-up check shows that
     the model keeps them apart."""
@@ -278,8 +331,8 @@ class ModelConfig(BaseModelFields):
 class DecodingConfig:
     """How answers are generated."""
 
-    max_new_tokens: Annotated[int, Ge(1)] = 256
-    """Longest answer, in tokens."""
+    max_new_tokens: Annotated[int, Ge(1)] | None = None
+    """Longest answer, in tokens. `None`: `generation_max_length`, then `max_target_length`, then 256."""
     do_sample: bool = False
     """Draw from the distribution in place of taking the likeliest token."""
     temperature: Annotated[float, Gt(0)] = 1.0
@@ -290,6 +343,10 @@ class DecodingConfig:
     """Sample from the k likeliest tokens. 0: no limit."""
     num_beams: Annotated[int, Ge(1)] = 1
     """Beams of beam search. 1: none."""
+    eval_num_beams: Annotated[int, Ge(1)] | None = None
+    """Beams of evaluation and prediction. `None`: `generation_num_beams`, then `num_beams`."""
+    length_penalty: float = 1.0
+    """Above 0 beam search likes long answers, below 0 short ones."""
     repetition_penalty: Annotated[float, Gt(0)] = 1.0
     """Divides the logits of tokens already written. 1: none."""
     generation_batch_size: Annotated[int, Ge(1)] = 16
@@ -301,6 +358,21 @@ CONFIGS: tuple[type, ...] = (RunConfig, ModelFields, DataConfig, TrainingFields,
 # Spellings of other programs and other years; giving both with different values is an error.
 ALIASES: dict[str, str] = {
     "model": "model_name_or_path",
+    "compare_metric": "metrics",
+    "template": "chat_template",
+    "adapter_name_or_path": "checkpoint_dir",
+    "adapter_folder": "checkpoint_dir",
+    "hf_hub_token": "hf_token",
+    "hf_auth_token": "hf_token",
+    "tokenized_path": "data_cache_dir",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "preprocessing_batch_size": "dataset_batch_size",
+    "default_system": "system_prompt",
+    "num_layer_trainable": "freeze_trainable_layers",
+    "name_module_trainable": "freeze_trainable_modules",
+    "additional_target": "lora_modules_to_save",
+    "quantization_type": "bnb_4bit_quant_type",
+    "double_quantization": "use_bnb_nested_quant",
     "torch_dtype": "dtype",
     "cutoff_len": "max_length",
     "max_seq_length": "max_length",

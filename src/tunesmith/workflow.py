@@ -295,7 +295,7 @@ def answered(
             examples,
             path,
             decoding=recipe.decoding,
-            metric=recipe.run.compare_metric,
+            metric=recipe.run.metrics or "exact_match",
             progress=lambda done, total: status.update(f"answered {done} of {total} prompts"),
         )
 
@@ -428,7 +428,7 @@ def predict(recipe: Recipe, output: Path = Path("generated_predictions.jsonl")) 
     """Answer every prompt of `eval_dataset` into a JSON-lines file and score the answers."""
     console = Console()
     examples, tokenizer = held_out_examples(recipe)
-    lookup(METRICS, recipe.run.compare_metric, "metric")  # before the model loads
+    lookup(METRICS, recipe.run.metrics or "exact_match", "metric")  # before the model loads
     model = usable_model(recipe)
     metrics = answered(recipe, model, tokenizer, examples, output, console)
     for name, value in metrics.items():

@@ -19,6 +19,7 @@ from tunesmith.data.tokenize import tokenize
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.lookup import did_you_mean
 
+DEFAULT_NEW_TOKENS = 256
 PROBE = "tunesmith"  # a text that a template passes through unchanged
 
 
@@ -121,8 +122,10 @@ def decoding_options(decoding: DecodingConfig | Mapping[str, Any] | None) -> dic
         unknown = sorted(set(decoding or {}) - set(options))
         if unknown:
             raise ConfigError(f"unknown decoding option '{unknown[0]}'.{did_you_mean(unknown[0], options)}")
-        return options | dict(decoding or {})
-    return dataclasses.asdict(decoding)
+        options |= dict(decoding or {})
+    else:
+        options = dataclasses.asdict(decoding)
+    return options | {"max_new_tokens": options["max_new_tokens"] or DEFAULT_NEW_TOKENS}
 
 
 def generate_texts(

@@ -21,8 +21,8 @@ from tunesmith.recipe.schema import declared, options, options_help
 
 __all__ = ["Recipe", "Task", "load_for_model", "load_recipe", "options_help", "resolved"]
 
-SECRETS = ("hub_token",)
-PATHS = ("dataset", "eval_dataset", "chat_template")
+SECRETS = ("hub_token", "hf_token")
+PATHS = ("dataset", "eval_dataset", "dataset_dir", "checkpoint_dir", "chat_template")
 PARTS: dict[str, type] = {"run": RunConfig, "model": ModelFields, "data": DataConfig, "decoding": DecodingConfig}
 
 

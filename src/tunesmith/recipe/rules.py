@@ -12,17 +12,9 @@ Task = Literal["train", "check", "eval", "predict", "chat"]
 
 # Words that other programs or transformers know and this version does not act on: an error, never ignored.
 NOT_YET: dict[str, str] = {
-    "predict_with_generate": "is not implemented. `tunesmith predict` writes answers; compare_rows shows some of them",
-    "do_predict": "is not implemented. After training run `tunesmith predict RUN --eval_dataset FILE --output FILE`",
-    "generation_max_length": "is not implemented. Set max_new_tokens",
-    "generation_num_beams": "is not implemented. Set num_beams",
     "generation_config": "is not implemented. Set max_new_tokens, temperature, top_p, ... directly",
     "warmup_ratio": "is no option of transformers 5. Write it as warmup_steps: below 1 that is a share of the run",
     "quantization_bit": "does not exist. Write load_in_4bit: true or load_in_8bit: true",
-    "template": "does not exist: the tokenizer's chat template is used. chat_template names another",
-    "dataset_dir": "does not exist. Write the path in dataset",
-    "dataset_num_proc": "does not exist: rows are tokenized in batches, in one process",
-    "preprocessing_num_workers": "does not exist: rows are tokenized in batches, in one process",
     "save_safetensors": "does not exist: weights are always saved as safetensors",
 }
 
