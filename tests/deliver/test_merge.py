@@ -129,7 +129,7 @@ def test_a_dtype_can_be_asked_for(tmp_path, tiny_model, byte_tokenizer, quiet):
 def test_a_merge_that_changes_the_answers_leaves_nothing(tmp_path, tiny_model, byte_tokenizer, quiet, monkeypatch):
     base = make_base(tmp_path / "base", tiny_model, byte_tokenizer)
     adapter = make_adapter(tmp_path / "adapter", base)
-    monkeypatch.setattr(merging, "_merge_weights", lambda model: model.unload())
+    monkeypatch.setattr(merging, "merged", lambda model: model.unload())
     with pytest.raises(ModelError, match="answers differently from base and adapter: logits differ by"):
         merge(adapter, tmp_path / "merged", console=quiet)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter", "base"]
@@ -195,5 +195,5 @@ def test_what_is_not_an_adapter_is_said(tmp_path, tiny_model, byte_tokenizer, qu
         merge(base, tmp_path / "merged", console=quiet)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="does not say which model"):
+    with pytest.raises(ModelError, match=r"base_model_name_or_path is missing, .* --base"):
         merge(tmp_path / "empty", tmp_path / "merged", console=quiet)

@@ -32,7 +32,8 @@ def adapter_base(name: str | Path) -> str | None:
     base = read_json(config).get("base_model_name_or_path")
     if not base:
         raise ModelError(
-            f"{config}: base_model_name_or_path is missing, so the adapter's base model is unknown. Add it."
+            f"{config}: base_model_name_or_path is missing, so the adapter's base model is unknown. Add it (tunesmith "
+            "merge: or name it with --base)."
         )
     return base
 
@@ -106,14 +107,20 @@ def check_is_adapter(folder: str, option: str = "checkpoint_dir") -> None:
             else "Name the folder of a trained adapter."
         )
         raise ModelError(f"{option}: {folder} is no adapter, {ADAPTER_CONFIG} is missing. {hint}")
-    if not (path / ADAPTER_WEIGHTS).is_file():
-        pickled = (path / "adapter_model.bin").is_file()
-        hint = (
-            "Its weights are pickled (.bin), which can run code when opened: convert them to safetensors first."
-            if pickled
-            else "Copy it from where the adapter was trained."
-        )
-        raise ModelError(f"{option}: {folder} has no {ADAPTER_WEIGHTS}. {hint}")
+    check_weights(folder)
+
+
+def check_weights(folder: str | Path) -> None:
+    """Raise ModelError for an adapter folder without weights, or with pickled ones only."""
+    path = Path(folder)
+    if (path / ADAPTER_WEIGHTS).is_file():
+        return
+    hint = (
+        "Its weights are pickled (.bin), which can run code when opened: convert them to safetensors first."
+        if (path / "adapter_model.bin").is_file()
+        else "Copy it from where the adapter was trained."
+    )
+    raise ModelError(f"the adapter {folder} has no {ADAPTER_WEIGHTS}. {hint}")
 
 
 # ---- onto a base -------------------------------------------------------------------------------------------------
@@ -127,6 +134,7 @@ def put_on(model: PreTrainedModel, folder: str | Path, *, trainable: bool = Fals
     """
     from peft import PeftConfig, PeftModel
 
+    check_weights(folder)
     grow_for_adapter(model, folder)
     quiet_bitsandbytes()
     if trainable and borrows(PeftConfig.from_pretrained(str(folder))):
@@ -148,10 +156,8 @@ def check_names(wrapped: nn.Module, folder: str | Path) -> None:
     """Raise ModelError unless the file holds exactly the weights that the adapter on this base has."""
     from peft import get_peft_model_state_dict
 
-    path = Path(folder) / ADAPTER_WEIGHTS
-    if not path.is_file():
-        return
-    found = {name for name in tensor_shapes(path) if not EMBEDDING_NAMES.intersection(name.split("."))}
+    found = tensor_shapes(Path(folder) / ADAPTER_WEIGHTS)
+    found = {name for name in found if not EMBEDDING_NAMES.intersection(name.split("."))}
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     expected = {name for name in expected if not EMBEDDING_NAMES.intersection(name.split("."))}
     if found == expected:
@@ -264,7 +270,7 @@ def merged(model: nn.Module) -> PreTrainedModel:
     except (ValueError, NotImplementedError, AttributeError) as error:
         raise ModelError(f"this adapter cannot be merged: {summary(error)}") from error
     if hasattr(plain, "peft_config"):
-        del plain.peft_config  # peft leaves it, and would take the next adapter for a second one
+        del plain.peft_config  # older ones of peft leave it, and take the next adapter for a second one
     embeddings, head = plain.get_input_embeddings().weight, plain.get_output_embeddings()
     if head is not None and head.weight.data_ptr() != embeddings.data_ptr():
         # peft before 0.21 leaves the config as it was, and not every loader notices that both weights are there.
