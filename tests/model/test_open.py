@@ -8,11 +8,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.model.folders import for_answers, for_training, logits, save_adapter, save_base, trained
+from tests.train.rows import make_trainer, token_rows
 from tunesmith.config import ModelFields
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model import open as opening
 from tunesmith.model.adapt import count_parameters, trainable_line
 from tunesmith.model.open import answer_dtype, hub_options, open_tokenizer, start_of
+from tunesmith.model.quantize import is_quantized
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -115,6 +117,23 @@ def test_a_quantized_base_takes_one_adapter_which_goes_on(base, adapters, bits):
     options = ModelFields(base, checkpoint_dir=adapters[0], resume_lora_training=False, **{bits: True})
     assert start_of(options, training=True, say=said.append).adapter == adapters[0]
     assert "goes on all the same" in said[0]
+
+
+# workflow: M5
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_an_adapter_learns_on_a_quantized_base(tmp_path, make_tiny_model, byte_tokenizer, bits):
+    pytest.importorskip("bitsandbytes")
+    wide = make_tiny_model(hidden_size=64, intermediate_size=128)  # blocks hold 64 values
+    folder = save_base(tmp_path / "wide", wide, byte_tokenizer)
+    model = for_training(model_name_or_path=folder, **{bits: True})
+    assert is_quantized(model)
+    trainer = make_trainer(model, byte_tokenizer, token_rows(), tmp_path / "run", max_steps=8, logging_steps=1)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < losses[0]
+    trainer.save_model()
+    answering = for_answers(model_name_or_path=str(tmp_path / "run"), **{bits: True})
+    assert torch.allclose(logits(answering), logits(model), atol=1e-4)
 
 
 # ---- what does not fit
