@@ -12,10 +12,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from tunesmith.config import DecodingConfig
 from tunesmith.data.render import Rendered, control_tokens, render_prompt
@@ -354,7 +353,8 @@ def answering(model: torch.nn.Module) -> Iterator[None]:
 
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether a forward of this process waits for those of the others, which hold the rest of the weights."""
-    return is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    kinds = (FullyShardedDataParallel, FSDPModule)
+    return is_deepspeed_zero3_enabled() or any(isinstance(module, kinds) for module in model.modules())
 
 
 def whole(model: torch.nn.Module) -> AbstractContextManager:

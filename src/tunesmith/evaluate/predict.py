@@ -175,7 +175,7 @@ def cut_question(question: Question, tokenizer: "PreTrainedTokenizerBase", lengt
 
 
 def prediction_row(index: int, question: Question, answer: str, example: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of the predictions file."""
+    """What the predictions file says of one example."""
     name = {"id": example["id"]} if example.get("id") is not None else {}
     return {"index": index, **name, "prompt": question.prompt.text, "label": question.label, "predict": answer}
 
@@ -188,15 +188,21 @@ def streamed(rows: Iterable[tuple[int, dict[str, Any]]], path: Path) -> list[dic
     with open(share, "w", encoding="utf-8") as file:
         for index, row in rows:
             found[index] = row
-            file.write(_line(row))
+            file.write(json_line(row))
             file.flush()
     found = dict(gathered(list(found.items())))
     ordered = [found[index] for index in sorted(found)]
     if rank == 0:
-        write_text(path, "".join(_line(row) for row in ordered))
+        write_text(path, "".join(json_line(row) for row in ordered))
     else:
         share.unlink()
     return ordered
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """A line of a predictions file."""
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "replace").decode()  # lone surrogates have no UTF-8
 
 
 def speed_figures(samples: int, seconds: float, batch_size: int) -> dict[str, float]:
@@ -307,11 +313,6 @@ def _content(message: Mapping[str, Any]) -> str:
     if isinstance(content, str):
         return content
     return " ".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    text = json.dumps(row, ensure_ascii=False) + "\n"
-    return text.encode("utf-8", "replace").decode()  # lone surrogates have no UTF-8
 
 
 # ---------------------------------------------------------------------------------------------------- the table
