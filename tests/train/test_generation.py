@@ -2,7 +2,11 @@
 
 import copy
 import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from transformers import DataCollatorForSeq2Seq, GenerationConfig, TrainerCallba
 
 from tests.evaluate.test_generate import greedy_by_hand
 from tests.tiny import make_byte_tokenizer
+from tests.train import answer_ranks
 from tests.train.rows import make_trainer, reference_gradients, token_rows
 from tunesmith.config import DecodingConfig
 from tunesmith.errors import ConfigError, DataError
@@ -21,6 +26,7 @@ from tunesmith.train.generation import asked
 from tunesmith.train.options import SFTConfig
 from tunesmith.train.sft import SFTTrainer
 
+ROOT = Path(__file__).parents[2]
 LENGTH = 6
 DROPOUT = {"attention_dropout": 0.5, "num_hidden_layers": 1}
 CHATS = [
@@ -318,3 +324,45 @@ def test_only_the_first_process_saves(make_tiny_model, byte_tokenizer, tmp_path,
     results = trainer.predict(token_rows((5,)))
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
     assert not trainer.save_predictions(results).exists()
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("answers")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [*command, "-m", "tests.train.answer_ranks", str(folder)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return folder, [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
+
+
+# workflow: R2 R3
+def test_two_processes_write_each_answer_once_and_in_order(two_processes, tmp_path):
+    folder, found = two_processes
+    expected = answer_ranks.everything(tmp_path)
+    for name in ("trained", "streamed"):
+        for one in found:
+            assert one["trained"]["losses"] == pytest.approx(expected["trained"]["losses"], abs=1e-5)
+            assert one[name]["predictions"] == expected[name]["predictions"]
+            assert one[name]["seen"] == expected[name]["seen"]
+        files = [path / name / "generated_predictions.jsonl" for path in (folder, tmp_path)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert found[0]["predicted"] == found[1]["predicted"] == expected["predicted"]
+    assert (folder / "predicted.jsonl").read_bytes() == (tmp_path / "predicted.jsonl").read_bytes()
+    assert not list(folder.glob("*.rank*.jsonl")) + list(folder.glob("*.jsonl.rank*"))
+
+
+def test_two_processes_that_hold_parts_of_one_model_answer_as_one_does(two_processes):
+    _, (first, second) = two_processes
+    assert first["sharded"] | second["sharded"] == answer_ranks.sharded()
+    assert second["sharded"].keys() | first["sharded"].keys() == set("01234")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_length
 
 from tunesmith.errors import ConfigError
 from tunesmith.lookup import did_you_mean
@@ -131,7 +131,7 @@ class EvaluatingTrainer(TokenTrainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             batches += 1
         rows = dataloader.dataset
-        return len(rows) if hasattr(rows, "__len__") else batches * self.args.eval_batch_size
+        return len(rows) if has_length(rows) else batches * self.args.eval_batch_size * self.args.world_size
 
     def _add(self, found: Any, inputs: dict[str, Any]) -> None:
         count = loss_request(inputs).targets.numel()
