@@ -15,16 +15,15 @@ from tunesmith.errors import DataError
 from tunesmith.evaluate.generate import generate_texts
 from tunesmith.evaluate.predict import (
     Comparison,
-    ask,
     before_after_table,
     comparisons,
-    cut_question,
     predict,
     prefixed,
     printable,
     read_predictions,
     shorten,
 )
+from tunesmith.evaluate.questions import ask, cut_question
 
 SHORT = {"max_new_tokens": 4, "generation_batch_size": 2}
 
