@@ -23,7 +23,7 @@ from tunesmith.evaluate.predict import (
     read_predictions,
     shorten,
 )
-from tunesmith.evaluate.questions import ask, cut_question
+from tunesmith.evaluate.questions import ask, cut_question, expected_texts
 
 SHORT = {"max_new_tokens": 4, "generation_batch_size": 2}
 
@@ -159,6 +159,17 @@ def test_the_last_assistant_turn_is_the_label_and_what_precedes_it_the_prompt(by
     question = ask(chat("a", "b", "c", "d", "bye"), byte_tokenizer)
     assert question.prompt.text.endswith("b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
     assert (question.label, question.asked) == ("d", "c")
+
+
+def test_expected_texts_are_those_of_the_labels(byte_tokenizer):
+    examples = [
+        *EXAMPLES,
+        chat("one?"),
+        chat("a", "b", "c", "d"),
+        {"prompt": [], "completion": chat("x", "y")["messages"]},
+    ]
+    assert list(expected_texts(examples)) == ["1", "你好 é", "4", "", "d", "y"]
+    assert [ask(example, byte_tokenizer).label for example in EXAMPLES] == ["1", "你好 é", "4"]
 
 
 def test_prompt_and_completion_read_alike_as_strings_and_as_messages(byte_tokenizer):

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunesmith.data import IGNORE_INDEX
@@ -64,6 +64,16 @@ def ask(
         key: value for key, value in (("tools", example.get("tools")), ("chat_template_kwargs", kwargs)) if value
     }
     return _ask_messages(messages, first, beside, tokenizer, chat_template, where)
+
+
+def expected_texts(examples: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """The answers that examples hold, as they are written there: for `metrics_for(..., references=...)`."""
+    for example in examples:
+        turns = example.get("completion") or example.get("messages") or ""
+        if isinstance(turns, str):
+            yield turns
+        else:
+            yield next((_content(turn) for turn in reversed(turns) if turn["role"] == "assistant"), "")
 
 
 def _ask_messages(

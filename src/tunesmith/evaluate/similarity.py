@@ -6,6 +6,7 @@ or bring in far more than these lines. Tests hold them against nltk 3 and rouge_
 
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -35,7 +36,9 @@ def words(text: str) -> list[str]:
     if not HAN.search(text):
         return list(_words_without_chinese(text))
     try:
-        import jieba
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its source has escapes that Python 3.12 warns of
+            import jieba
     except ImportError as error:
         raise ConfigError(
             "jieba is not installed, and only it can cut Chinese text into words. "
