@@ -34,7 +34,7 @@ from tunesmith.train.choose import keeps_masters, settled
 from tunesmith.train.collate import FlatCollator, LocatedCollator, PaddedCollator
 from tunesmith.train.completion_only import DataCollatorForCompletionOnlyLM, LabelsForReport
 from tunesmith.train.datasets import prepared, prepared_mixture
-from tunesmith.train.evaluation import EvaluatingTrainer
+from tunesmith.train.generation import GeneratingTrainer
 from tunesmith.train.loaders import eval_batches, loader, stream_loader, train_batches
 from tunesmith.train.loss import loss_kind
 from tunesmith.train.options import SFTConfig, as_sft_config, modernized
@@ -48,7 +48,7 @@ MODEL_COLUMNS = ("input_ids", "labels", "weights", "seq_lengths")
 DEFAULT_MAX_LENGTH = 1024
 
 
-class SFTTrainer(EvaluatingTrainer):
+class SFTTrainer(GeneratingTrainer):
     """Fine-tune a causal language model on examples.
 
     The arguments stand in TRL 0.13's order; those of later versions are keywords.
