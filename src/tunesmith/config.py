@@ -75,7 +75,7 @@ class RunConfig:
     compare_rows: Annotated[int, Ge(0)] = 0
     """Held-out rows answered before and after training, shown side by side with `metrics`. 0: none."""
     metrics: str | list[str] | None = None
-    """Names in `METRICS` or `file.py:function`, computed over written answers. `None`: `exact_match` for compared
+    """Names in `METRICS` or `file.py:function`, several as a list or comma-separated, computed over written answers. `None`: `exact_match` for compared
     rows, BLEU-4 and ROUGE (`bleu_rouge`) with `predict_with_generate`."""
     sample_rows: Annotated[int, Ge(0)] = 0
     """Held-out rows answered at every evaluation, into `samples.jsonl`. 0: none."""
@@ -334,7 +334,8 @@ class DecodingConfig:
     """How answers are generated."""
 
     max_new_tokens: Annotated[int, Ge(1)] | None = None
-    """Longest answer, in tokens. `None`: `generation_max_length`, then `max_target_length`, then 256."""
+    """Longest answer, in tokens. `None`: `generation_max_length`, then `max_target_length`, then 256. All
+    count new tokens."""
     do_sample: bool = False
     """Draw from the distribution in place of taking the likeliest token."""
     temperature: Annotated[float, Gt(0)] = 1.0
@@ -348,7 +349,7 @@ class DecodingConfig:
     eval_num_beams: Annotated[int, Ge(1)] | None = None
     """Beams of evaluation and prediction. `None`: `generation_num_beams`, then `num_beams`."""
     length_penalty: float = 1.0
-    """Above 0 beam search likes long answers, below 0 short ones."""
+    """Above 0 beam search likes long answers, below 0 short ones. Only with beams."""
     repetition_penalty: Annotated[float, Gt(0)] = 1.0
     """Divides the logits of tokens already written. 1: none."""
     generation_batch_size: Annotated[int, Ge(1)] = 16
