@@ -75,8 +75,8 @@ class RunConfig:
     compare_rows: Annotated[int, Ge(0)] = 0
     """Held-out rows answered before and after training, shown side by side with `metrics`. 0: none."""
     metrics: str | list[str] | None = None
-    """Names in `METRICS` or `file.py:function`, several as a list or comma-separated, computed over written answers. `None`: `exact_match` for compared
-    rows, BLEU-4 and ROUGE (`bleu_rouge`) with `predict_with_generate`."""
+    """Names in `METRICS` or `file.py:function`, several as a list or comma-separated, computed over written answers.
+    `None`: `exact_match` for compared rows, BLEU-4 and ROUGE (`bleu_rouge`) with `predict_with_generate`."""
     sample_rows: Annotated[int, Ge(0)] = 0
     """Held-out rows answered at every evaluation, into `samples.jsonl`. 0: none."""
     do_merge: bool = False

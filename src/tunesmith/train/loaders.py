@@ -73,7 +73,8 @@ def eval_stream_loader(dataset: IterableDataset, collate: Callable, args: Traini
         return stream_loader(dataset, args.eval_batch_size, collate, args)
     shares = RankShares(dataset, args.eval_batch_size, rank=args.process_index, ranks=args.world_size)
     made = DataLoader(shares, batch_size=None, collate_fn=collate, **workers(args))
-    return prepare_data_loader(made, args.device, num_processes=1, process_index=0, put_on_device=True)
+    alone = {"num_processes": 1, "process_index": 0, "dispatch_batches": False}
+    return prepare_data_loader(made, args.device, put_on_device=True, **alone)
 
 
 class RankShares(IterableDataset):
