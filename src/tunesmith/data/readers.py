@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.report import place, visible
-from tunesmith.data.rows import Row, RowError
+from tunesmith.data.rows import Row, RowError, without_nulls
 from tunesmith.errors import DataError
 
 # JSON ------------------------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def read_parquet(path: str) -> Iterator[Row | RowError]:
             for batch in file.iter_batches(batch_size=1024):
                 for value in batch.to_pylist():
                     number += 1
-                    yield Row(value, path, number)
+                    yield Row(without_nulls(value), path, number)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         what = visible(str(error), 120).rstrip(".")
         raise DataError(
@@ -285,11 +285,40 @@ def read_parquet(path: str) -> Iterator[Row | RowError]:
         ) from error
 
 
+def read_arrow(path: str) -> Iterator[Row | RowError]:
+    """Rows of an Arrow file as `datasets` writes it (a stream), or in Arrow's file format; a batch at a time."""
+    import pyarrow
+    import pyarrow.ipc
+
+    number = 0
+    try:
+        with pyarrow.OSFile(path) as file:
+            is_file_format = file.read(6) == b"ARROW1"
+            file.seek(0)
+            for batch in _arrow_batches(pyarrow.ipc, file, is_file_format):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(without_nulls(value), path, number)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        what = visible(str(error), 120).rstrip(".")
+        raise DataError(f"{path}: not readable as Arrow after row {number}: {what}. Write the file again.") from error
+
+
+def _arrow_batches(ipc: Any, file: Any, is_file_format: bool) -> Iterator[Any]:
+    if not is_file_format:
+        yield from ipc.open_stream(file)
+        return
+    reader = ipc.open_file(file)
+    for index in range(reader.num_record_batches):
+        yield reader.get_batch(index)
+
+
 READERS: dict[str, Callable[[str], Iterator[Row | RowError]]] = {
     ".json": read_json,
     ".jsonl": read_jsonl,
     ".csv": read_csv,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
     ".txt": read_txt,
 }
 
