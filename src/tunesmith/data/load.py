@@ -75,7 +75,9 @@ def data_files(path: str, report: Report, name: str = "") -> list[str]:
             raise DataError(_absent(name or path, path))
         return [path]
     entries = sorted(e.name for e in os.scandir(path) if e.is_file() and not e.name.startswith("."))
-    files = [name for name in entries if Path(name).suffix.lower() in READERS]
+    has_arrow = any(name.endswith(".arrow") for name in entries)  # as `save_to_disk` writes, with two files beside
+    beside = ("dataset_info.json", "state.json") if has_arrow else ("dataset_info.json",)
+    files = [name for name in entries if Path(name).suffix.lower() in READERS and name not in beside]
     if not files:
         raise DataError(f"{path} holds no data file. It must hold files ending in {', '.join(READERS)}. {EXTENSIONS}")
     ignored = [name for name in entries if name not in files]
