@@ -98,6 +98,8 @@ def _tool_calls(content: Any) -> list[dict[str, Any]] | None:
 def read_prompt_completion(value: dict[str, Any]) -> dict[str, Any]:
     """Both texts, or both lists of turns."""
     prompt, completion = column(value, "prompt"), column(value, "completion")
+    if completion == "" and not isinstance(prompt, str):
+        completion = []
     if isinstance(prompt, str) and isinstance(completion, str):
         return {"prompt": prompt, "completion": completion, **_of_chat(value)}
     if isinstance(prompt, str) or isinstance(completion, str):

@@ -102,9 +102,9 @@ def normalize(
     Raises: RowError with the place, the reason and the way to mend it; ConfigError for an unknown format.
     """
     try:
-        value = _renamed_for(format, row.value, columns) if columns else row.value
+        value = _renamed_for(format, row.value, columns, answers_needed) if columns else row.value
         if not answers_needed:
-            value = {**dict.fromkeys(_answers_of(format), ""), **{k: v for k, v in value.items() if v is not None}}
+            value = value | {name: "" for name in _answers_of(format) if value.get(name) is None}
         example = _checked(_reader(format)(value), system_prompt, answers_needed)
         _no_media(row.value)
     except RowError as error:
@@ -113,7 +113,9 @@ def normalize(
     return example
 
 
-def _renamed_for(format: str, value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+def _renamed_for(
+    format: str, value: Mapping[str, Any], columns: Mapping[str, str], answers_needed: bool
+) -> dict[str, Any]:
     """`renamed`, after a check that `columns` names what the format reads and what the row has."""
     if format in FORMATS:
         known = (*FORMATS[format].columns, *FORMATS[format].optional)
@@ -121,7 +123,8 @@ def _renamed_for(format: str, value: Mapping[str, Any], columns: Mapping[str, st
             if ours not in known:
                 hint = did_you_mean(ours, known)
                 raise ConfigError(f"columns: format {format} reads no '{ours}'.{hint} It reads {', '.join(known)}.")
-            if ours in FORMATS[format].columns and theirs not in value:
+            is_needed = ours in FORMATS[format].columns and (answers_needed or ours not in ANSWERS)
+            if is_needed and theirs not in value:
                 what = f"columns reads '{ours}' from '{theirs}', but the row has {columns_of(value)}"
                 raise RowError(f"{what}.{did_you_mean(theirs, map(str, value))} Mend columns.", "missing-column")
     return renamed(value, columns)

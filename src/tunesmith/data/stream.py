@@ -84,7 +84,7 @@ class ExampleStream(datasets.IterableDataset):
     """The training examples of a stream, in another order for every epoch (`set_epoch`).
 
     They are read with `format=FINISHED`, since their sources may differ in kind. `state_dict` and `load_state_dict`
-    take a pass up where it was left; the rows before are read again, but nothing else is done to them.
+    take a pass of the same epoch up where it was left; the rows before are read again, but not trained on.
     """
 
     def __init__(self, passes: "Passes"):
