@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.data.files import load, values, write
+from tunesmith.data import readers
 from tunesmith.data.readers import READERS
 from tunesmith.data.report import Report
 from tunesmith.data.rows import Row, RowError
@@ -62,6 +63,29 @@ def test_a_dataset_saved_to_disk_is_read_without_the_nulls_that_its_table_adds(t
 def test_a_text_file_gives_one_row_per_line_that_is_not_blank(tmp_path):
     path = write(tmp_path, "a.txt", "\ufeff one\r\n \t\n\u3000\ntwo\u2028three\n".encode())
     assert load(path) == [Row({"text": " one"}, path, 1), Row({"text": "two\u2028three"}, path, 4)]
+
+
+# workflow: D7
+def test_a_json_array_is_read_in_parts(tmp_path, monkeypatch):
+    rows = [{"a": [n, "x" * (40 * (n == 7)), "é\u2028"], "b": {"c": None}} for n in range(50)]
+    content = json.dumps(rows, ensure_ascii=False, indent=1).encode()
+    path = write(tmp_path, "a.json", content)
+    for part in (1, 2, 7, 64, 10_000):
+        monkeypatch.setattr(readers, "PART", part)
+        assert [row.value for row in readers.read_json(path)] == rows
+    monkeypatch.setattr(readers, "PART", 64)
+    monkeypatch.setattr(readers.Path, "read_bytes", None)  # what reads the whole file
+    stream = readers.read_json(write(tmp_path, "b.json", content[:2000] + b"broken"))
+    assert next(stream) == Row(rows[0], str(tmp_path / "b.json"), 1)
+
+
+def test_an_array_that_breaks_after_many_parts_is_named_by_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "PART", 16)
+    path = write(tmp_path, "a.json", b"[" + b'{"a": 1},\n' * 30 + b'{"a" 1}]')
+    stream = readers.read_json(path)
+    assert [next(stream).line for _ in range(30)] == list(range(1, 31))
+    with pytest.raises(RowError, match=r"a\.json:31: not valid JSON: Expecting ':' delimiter .*\(row 31\)"):
+        next(stream)
 
 
 def test_lines_are_counted_over_blank_ones_and_array_elements_one_by_one(tmp_path):

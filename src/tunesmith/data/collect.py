@@ -79,13 +79,8 @@ def collect(
     """
     _check_options(options, held_out_only)
     splits = bool(options.val_size) and not options.eval_dataset
-    how = Reading(
-        stage=stage,
-        text_field=text_field,
-        on_bad_row=options.on_bad_row,
-        max_samples=options.max_samples,
-        answers_needed=answers_needed or splits,  # the same rows are held out whoever asks
-    )
+    answers_needed = answers_needed or splits  # the same rows are held out whoever asks
+    how = Reading(stage, text_field, options.on_bad_row, options.max_samples, answers_needed)
     only_dataset = held_out_only and not splits
     sources = [] if only_dataset else sources_of(options, options.dataset)
     held_out = sources_of(options, options.eval_dataset or (options.dataset if only_dataset else None))
@@ -97,8 +92,8 @@ def collect(
     _add_evaluation(found, held_out, options, how, seed)
     for name, examples in found.evaluation.items():
         if overlap := find_overlap(found.train, examples):
-            of = f"{overlap} of {len(examples)} held-out examples"
-            found.evaluation_reports[name].note(f"{of} also stand in the training data")
+            what = f"{overlap} of {len(examples)} held-out examples also stand in the training data"
+            found.evaluation_reports[name].note(what)
     return found
 
 
