@@ -167,8 +167,8 @@ class DataConfig:
     """Where the examples come from and how they are read."""
 
     dataset: str | list[str] | None = None
-    """Files (json, jsonl, csv, parquet, txt), folders of them, Hub ids, or names in `dataset_info.json`; several as a
-    list or comma-separated."""
+    """Files (json, jsonl, csv, parquet, arrow, txt), folders of them, Hub ids, or names in `dataset_info.json` (which
+    win over files); several as a list or comma-separated."""
     dataset_dir: str = "data"
     """Folder of `dataset_info.json`, the registry of named datasets, and of their files."""
     eval_dataset: str | list[str] | None = None
@@ -181,21 +181,23 @@ class DataConfig:
     """Several datasets: one after another; drawn in turn until the first ends (`interleave_under`, no row twice);
     drawn until all have ended (`interleave_over`, rows of the short ones repeat)."""
     interleave_probs: list[float] | str | None = None
-    """Weight of each dataset in an interleaving, as a list or `0.3,0.7`. `None`: equal weights."""
+    """Share of each dataset in an interleaving, as a list or `0.3,0.7`; they add up to 1. `None`: equal shares."""
     streaming: bool = False
     """Read rows as training needs them, for data larger than memory. Needs `max_steps`."""
     buffer_size: Annotated[int, Ge(1)] = 16384
     """Rows of a stream that are shuffled together."""
     format: str | None = None
-    """Name in `FORMATS` (alpaca, sharegpt, messages, prompt-completion, text) or `file.py:function`. `None`: detected
-    from the columns and said aloud."""
+    """Name in `FORMATS` (alpaca, sharegpt, messages, prompt-completion, text, preference) or `file.py:function`, for
+    files and Hub ids. `None`: detected from the columns and said aloud."""
     columns: dict[str, str] | None = None
-    """Renames columns before the format reads them: `{instruction: question, output: answer}`."""
+    """Renames columns before the format reads them: `{instruction: question, output: answer}`. An
+    entry of `dataset_info.json` names its own."""
     system_prompt: str | list[str] | None = None
     """System message for every conversation that has none; several, as a list or separated by `|`, are one for each
     dataset."""
     val_size: Annotated[float, Ge(0)] = 0.0
-    """Examples held out of `dataset` for evaluation: a share below 1, a count from 1 on."""
+    """Examples held out of `dataset` for evaluation: a share below 1, a count from 1 on. A stream
+    takes a count."""
     max_samples: Annotated[int, Ge(1)] | None = None
     """At most this many rows from each file or dataset. `None`: all."""
     on_bad_row: Literal["error", "skip"] = "error"
