@@ -9,15 +9,14 @@ from typing import Any
 
 from tunesmith.config import ALIASES
 from tunesmith.lookup import did_you_mean
-from tunesmith.recipe import llamafactory, transformers4
 from tunesmith.recipe.coerce import coerce
 from tunesmith.recipe.fates import Fate
 from tunesmith.recipe.given import FILE, FLAG, Given, Problems
+from tunesmith.recipe.llamafactory import KEYS, TOLD_WORDS, WORDS
 from tunesmith.recipe.schema import options
+from tunesmith.recipe.transformers4 import OLD_KEYS, OLD_WORDS
 
-FOREIGN: dict[str, Fate] = transformers4.KEYS | llamafactory.KEYS
-WORDS: dict[str, dict[Any, Any]] = llamafactory.WORDS | {"optim": {"adamw_hf": "adamw_torch"}}
-TOLD_WORDS: dict[str, dict[Any, str]] = llamafactory.TOLD_WORDS
+FOREIGN: dict[str, Fate] = OLD_KEYS | KEYS
 
 
 @cache
@@ -75,7 +74,7 @@ def in_our_words(item: Given, problems: Problems) -> list[Given]:
     if value in TOLD_WORDS.get(item.key, {}):
         problems.add(item, item.says(TOLD_WORDS[item.key][value].replace("{value}", str(value))))
         return []
-    words = WORDS.get(item.key, {})
+    words = (WORDS | OLD_WORDS).get(item.key, {})
     return [item._replace(value=words[value], text=None) if value in words else item]
 
 

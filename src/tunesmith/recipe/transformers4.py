@@ -7,7 +7,7 @@ from tunesmith.recipe.fates import Fate, as_is, becomes, each, switch, told, unr
 
 AUTOCAST = "there is one half precision since transformers 5, torch's autocast. Remove it; set fp16 or bf16"
 
-KEYS: dict[str, Fate] = {
+OLD_KEYS: dict[str, Fate] = {
     "group_by_length": switch({"train_sampling_strategy": "group_by_length"}),
     "adafactor": switch({"optim": "adafactor"}),
     "include_inputs_for_metrics": switch({"include_for_metrics": ["inputs"]}),
@@ -37,6 +37,7 @@ KEYS: dict[str, Fate] = {
     "logging_dir": unread("TensorBoard's files lie in output_dir/runs, or where TENSORBOARD_LOGGING_DIR says."),
     "include_tokens_per_second": as_is(),
 }
+OLD_WORDS: dict[str, dict[str, str]] = {"optim": {"adamw_hf": "adamw_torch"}}  # its own AdamW, the default until 2023
 
 
 def accelerator(key: str, on: bool | None) -> dict[str, dict[str, bool]]:
