@@ -135,7 +135,7 @@ UNREAD: dict[str, Fate] = {
     **each(
         "swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_api_key swanlab_logdir "
         "swanlab_lark_webhook_url swanlab_lark_secret",
-        unread("SwanLab takes its settings from the environment (SWANLAB_PROJ_NAME, ...); nothing reads it."),
+        unread("SwanLab takes its settings from the environment (SWANLAB_PROJECT, ...); nothing reads it."),
     ),
     **each("hyper_parallel_args", belongs_to("use_hyper_parallel")),
     **each("fp8_backend fp8_enable_fsdp_float8_all_gather", belongs_to("fp8")),

@@ -125,7 +125,8 @@ def read_flags(words: list[str], problems: Problems) -> list[Given]:
         values = [attached] if equals else words[position + 1 : end]
         stray = Given(word, None, word, FLAG, position)
         if not word.startswith("--"):
-            problems.add(stray, f"'{word}' is not a flag. The recipe comes first, then --option value.")
+            fix = f"Write --{word}." if equals else "The recipe comes first, then --option value."
+            problems.add(stray, f"'{word}' is not a flag. {fix}")
         else:
             found += read_flag(flag, values, position, problems)
         position = end

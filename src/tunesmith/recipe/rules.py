@@ -33,7 +33,7 @@ def in_few_bits(v: Values) -> Any:
     return v["load_in_4bit"] or v["load_in_8bit"]
 
 
-def names(value: str | list[str] | None) -> list[str]:
+def listed(value: str | list[str] | None) -> list[str]:
     """The parts of an option that takes one or several."""
     return value if isinstance(value, list) else [value] if value else []
 
@@ -60,7 +60,7 @@ def system_prompts(value: str | list[str] | None) -> int:
 
 def bad_weights(weights: list[float] | str | None, datasets: list[str]) -> bool:
     """Whether `interleave_probs` are no weights, one for each dataset."""
-    given = [float(weight) for weight in names(weights)] if weights is not None else []
+    given = [float(weight) for weight in listed(weights)] if weights is not None else []
     return bool(given) and (len(given) != len(datasets) or min(given) < 0 or sum(given) <= 0)
 
 
@@ -152,12 +152,12 @@ CONTRADICTIONS = [
     ),
     Rule(
         ("adapter", "checkpoint_dir"),
-        lambda v, given: v["adapter"] in ("full", "freeze") and len(names(v["checkpoint_dir"])) > 1,
+        lambda v, given: v["adapter"] in ("full", "freeze") and len(listed(v["checkpoint_dir"])) > 1,
         "only adapter: lora takes several checkpoint_dir; adapter: {adapter} starts from one. Keep one.",
     ),
     Rule(
         ("checkpoint_dir", "load_in_4bit", "load_in_8bit"),
-        lambda v, given: in_few_bits(v) and len(names(v["checkpoint_dir"])) > 1,
+        lambda v, given: in_few_bits(v) and len(listed(v["checkpoint_dir"])) > 1,
         "adapters cannot be merged into a 4- or 8-bit base, so it takes one checkpoint_dir. Merge them first.",
     ),
     Rule(
@@ -217,12 +217,12 @@ CONTRADICTIONS = [
     ),
     Rule(
         ("interleave_probs", "dataset"),
-        lambda v, given: v["dataset"] and bad_weights(v["interleave_probs"], names(v["dataset"])),
+        lambda v, given: v["dataset"] and bad_weights(v["interleave_probs"], listed(v["dataset"])),
         "interleave_probs: expected a weight of at least 0 for each dataset, not all 0, got {interleave_probs}.",
     ),
     Rule(
         ("system_prompt", "dataset"),
-        lambda v, given: v["dataset"] and system_prompts(v["system_prompt"]) not in (1, len(names(v["dataset"]))),
+        lambda v, given: v["dataset"] and system_prompts(v["system_prompt"]) not in (1, len(listed(v["dataset"]))),
         "system_prompt: expected one text, or one for each dataset (a list, or separated by |). A list of one text "
         "may hold |.",
     ),
@@ -238,7 +238,7 @@ CONTRADICTIONS = [
     ),
     Rule(
         ("eval_on_each_dataset", "eval_dataset"),
-        lambda v, given: v["eval_on_each_dataset"] and len(names(v["eval_dataset"])) < 2,
+        lambda v, given: v["eval_on_each_dataset"] and len(listed(v["eval_dataset"])) < 2,
         "eval_on_each_dataset needs several sets in eval_dataset. Name them, or remove it.",
     ),
     Rule(
