@@ -70,6 +70,8 @@ def test_every_default_passes_its_own_type(name):
         ({"columns": "{a: "}, "argument columns: expected a YAML list or mapping, got '{a: '"),
         ({"split": 3}, "argument split: expected text, got 3."),
         ({"lr_scheduler_type": "cosin"}, "Did you mean 'cosine'?"),
+        ({"train_sampling_strategy": "sequentail"}, "Did you mean 'sequential'?"),
+        ({"stage": 3}, "argument stage: expected one of pt, sft, rm, got 3."),
         ({"max_steps": -2}, "argument max_steps: expected a whole number of at least -1, got -2."),
     ],
 )

@@ -47,7 +47,7 @@ def coerce(value: Any, annotation: Any, text: str | None = None, *, whole: bool 
         result = adapter.validate_python(prepared)
     except ValidationError as error:
         out_of_range = any(e["type"].startswith(("greater_than", "less_than")) for e in error.errors())
-        words = fixed_words(annotation)
+        words = [str(word) for word in fixed_words(annotation)]
         hint = did_you_mean(value, words) if isinstance(value, str) else ""
         raise ValueError(f"expected {wanted(annotation, out_of_range)}, got {shown(value, text)}.{hint}") from None
     if isinstance(result, list):

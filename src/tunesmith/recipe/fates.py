@@ -13,7 +13,8 @@ class Fate(NamedTuple):
     takes: Any = Any
     """Type of the value; `Any`: whatever was written."""
     options: Callable[[Any], dict[str, Any]] = lambda value: {}
-    """For `becomes`: the value → options of ours, none where it asks for what happens anyway."""
+    """For `becomes`: the value → options of ours, none where it asks for what happens anyway; ValueError for a wrong
+    one."""
     harmless: tuple = ()
     """For `told` and `unread`: values that ask for what happens anyway."""
     sentence: str = ""

@@ -1,12 +1,12 @@
 """Keys and words of LLaMA-Factory, and of LLaMA-Efficient-Tuning before it, that are spelled otherwise here.
 
-`KEYS` holds every key of both (September 2023 to version 0.9.6) that is neither an option nor an alias; `WORDS` and
+`KEYS` holds every key of both (September 2023 to version 0.9.5) that is neither an option nor an alias; `WORDS` and
 `TOLD_WORDS` hold values that an option of ours knows under another word, or does not have.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
 
@@ -14,8 +14,16 @@ from tunesmith.recipe.fates import Fate, as_is, becomes, each, switch, told, unr
 
 # ------------------------------------------------------------------------------------------ what says the same
 
+
+def in_bits(bits: int) -> dict[str, bool]:
+    """The switch for a base in so many bits."""
+    if bits not in (4, 8):
+        raise ValueError(f"expected 4 or 8, got {bits}. Bases are quantized by bitsandbytes, which has no others.")
+    return {f"load_in_{bits}bit": True}
+
+
 CONVERSIONS: dict[str, Fate] = {
-    "quantization_bit": becomes(Literal[4, 8] | None, lambda bits: {f"load_in_{bits}bit": True} if bits else {}),
+    "quantization_bit": becomes(int | None, in_bits),
     "train_on_prompt": switch({"train_on": "all"}),
     "mask_history": switch({"train_on": "last_turn"}),
     "neat_packing": switch({"packing": True}),

@@ -55,6 +55,7 @@ def translated(item: Given, fate: Fate, problems: Problems) -> list[Given]:
         return []
     try:
         value = value if fate.takes is Any else coerce(value, fate.takes, item.text)
+        ours = fate.options(value)
     except ValueError as error:
         problems.add(item, item.says(str(error)), item.spelled)
         return []
@@ -63,7 +64,7 @@ def translated(item: Given, fate: Fate, problems: Problems) -> list[Given]:
         problems.add(item, item.says(f"{sentence}."), item.spelled)
     elif fate.kind == "unread" and value not in fate.harmless:
         problems.notes.append(item.says(sentence))
-    return [item._replace(key=key, value=found, text=None) for key, found in fate.options(value).items()]
+    return [item._replace(key=key, value=found, text=None) for key, found in ours.items()]
 
 
 def in_our_words(item: Given, problems: Problems) -> list[Given]:
