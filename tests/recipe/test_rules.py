@@ -49,9 +49,15 @@ BROKEN = [
     ({"use_bnb_nested_quant": True}, "4-bit options have no effect without load_in_4bit: true"),
     ({"rope_factor": 2}, "rope_factor has no effect without rope_scaling"),
     ({"interleave_probs": [1.0]}, "interleave_probs has no effect with mix_strategy: concat"),
-    ({"interleave_probs": "0.3,0.7", "mix_strategy": "interleave_over"}, "expected a weight of at least 0 for each"),
-    ({"interleave_probs": "-1", "mix_strategy": "interleave_over"}, "expected a weight of at least 0 for each"),
-    ({"system_prompt": "a|b"}, "system_prompt: expected one text, or one for each dataset"),
+    (
+        {"interleave_probs": "0.3,0.7", "mix_strategy": "interleave_over"},
+        "expected one share for each dataset, which add up to 1",
+    ),
+    (
+        {"interleave_probs": "-1", "mix_strategy": "interleave_over"},
+        "expected one share for each dataset, which add up to 1",
+    ),
+    ({"system_prompt": ["a", "b"]}, "system_prompt: expected one text, or one for each dataset"),
     ({"buffer_size": 10}, "buffer_size has no effect without streaming"),
     ({"streaming": True}, "Please specify `max_steps` in streaming mode"),
     ({"streaming": True, "max_steps": 5, "val_size": 0.1}, "val_size cannot be a share"),
@@ -206,12 +212,20 @@ def test_half_precisions_exclude_each_other_and_none_is_needed():
 
 # workflow: A3
 def test_system_prompts_are_one_or_one_for_each_dataset():
-    two = {"dataset": "a, b"}
-    assert "expected one text, or one for each dataset" in message(NEEDED, {"system_prompt": "one|two"})
-    assert "expected one text" in message(NEEDED | two, {"system_prompt": "one|two|three"})
-    load_recipe(NEEDED | two, {"system_prompt": "one|two"})
-    load_recipe(NEEDED | two, {"system_prompt": "one, and no other"})
-    load_recipe(NEEDED, {"system_prompt": ["a | in one text"]})
+    two = NEEDED | {"dataset": "a, b"}
+    assert "expected one text, or one for each dataset" in message(NEEDED, {"system_prompt": ["one", "two"]})
+    assert "expected one text" in message(two, {"system_prompt": "one|two|three"})
+    for right in ("one|two", "one, and no other", ["one", "two"], ["a | in one text"]):
+        load_recipe(two, {"system_prompt": right})
+    load_recipe(NEEDED, {"system_prompt": "| a | table | for one dataset |"})
+
+
+# workflow: A3
+def test_shares_are_one_for_each_dataset_and_add_up_to_1():
+    two = NEEDED | {"dataset": "a, b", "mix_strategy": "interleave_under"}
+    for wrong in ("0.3", "0.3,0.3", [1.5, -0.5], "0.2,0.3,0.5"):
+        assert "which add up to 1" in message(two, {"interleave_probs": wrong})
+    load_recipe(two, {"interleave_probs": "0.33, 0.67"})
 
 
 # workflow: A5
@@ -220,6 +234,13 @@ def test_drawing_options_without_drawing_are_said_to_do_nothing():
         "temperature, top_p: nothing is drawn, the likeliest token is taken. Add do_sample: true to draw."
     ]
     assert load_recipe(NEEDED, {"temperature": 0.5, "do_sample": True}).notes == []
+
+
+def test_several_sets_are_evaluated_one_by_one_wherever_they_come_from():
+    each = {"eval_on_each_dataset": True}
+    load_recipe(NEEDED, each | {"eval_dataset": "a, b"})
+    load_recipe(NEEDED | {"dataset": "a, b", "val_size": 5}, each)
+    assert "eval_on_each_dataset needs several sets" in message(NEEDED, each | {"val_size": 5})
 
 
 def test_an_error_is_a_config_error_with_exit_code_2():

@@ -53,15 +53,18 @@ def differs(key: str, given: Where) -> bool:
     return key in given and given[key].value != options()[key].default
 
 
-def system_prompts(value: str | list[str] | None) -> int:
-    """How many system messages a `system_prompt` holds; a list says it itself, a text separates them by `|`."""
-    return len(value) if isinstance(value, list) else value.count("|") + 1 if value else 1
+def system_prompts(v: Values) -> int:
+    """How many messages `system_prompt` holds; a text separates them by `|` where there are several datasets."""
+    given = v["system_prompt"]
+    if isinstance(given, list):
+        return len(given)
+    return given.count("|") + 1 if given and len(listed(v["dataset"])) > 1 else 1
 
 
-def bad_weights(weights: list[float] | str | None, datasets: list[str]) -> bool:
-    """Whether `interleave_probs` are no weights, one for each dataset."""
-    given = [float(weight) for weight in listed(weights)] if weights is not None else []
-    return bool(given) and (len(given) != len(datasets) or min(given) < 0 or sum(given) <= 0)
+def bad_shares(v: Values) -> bool:
+    """Whether `interleave_probs` are not one share for each dataset."""
+    shares = [float(share) for share in listed(v["interleave_probs"])]
+    return len(shares) != len(listed(v["dataset"])) or min(shares) < 0 or abs(sum(shares) - 1) > 0.011
 
 
 def zero_stage(deepspeed: Mapping[str, Any] | str | None) -> Any:
@@ -217,14 +220,13 @@ CONTRADICTIONS = [
     ),
     Rule(
         ("interleave_probs", "dataset"),
-        lambda v, given: v["dataset"] and bad_weights(v["interleave_probs"], listed(v["dataset"])),
-        "interleave_probs: expected a weight of at least 0 for each dataset, not all 0, got {interleave_probs}.",
+        lambda v, given: v["dataset"] and v["interleave_probs"] and bad_shares(v),
+        "interleave_probs: expected one share for each dataset, which add up to 1, got {interleave_probs}.",
     ),
     Rule(
         ("system_prompt", "dataset"),
-        lambda v, given: v["dataset"] and system_prompts(v["system_prompt"]) not in (1, len(listed(v["dataset"]))),
-        "system_prompt: expected one text, or one for each dataset (a list, or separated by |). A list of one text "
-        "may hold |.",
+        lambda v, given: v["dataset"] and system_prompts(v) not in (1, len(listed(v["dataset"]))),
+        "system_prompt: expected one text, or one for each dataset: a list, or separated by |.",
     ),
     Rule(
         ("streaming", "buffer_size"),
@@ -237,9 +239,10 @@ CONTRADICTIONS = [
         "streaming does not know how many rows there are, so val_size cannot be a share. Write a count.",
     ),
     Rule(
-        ("eval_on_each_dataset", "eval_dataset"),
-        lambda v, given: v["eval_on_each_dataset"] and len(listed(v["eval_dataset"])) < 2,
-        "eval_on_each_dataset needs several sets in eval_dataset. Name them, or remove it.",
+        ("eval_on_each_dataset", "eval_dataset", "dataset"),
+        lambda v, given: v["eval_on_each_dataset"] and len(listed(v["eval_dataset"]) or listed(v["dataset"])) < 2,
+        "eval_on_each_dataset needs several sets, in eval_dataset or, with val_size, in dataset. Name more, or remove "
+        "it.",
     ),
     Rule(
         ("eval_dataset", "val_size"),
