@@ -364,12 +364,19 @@ CONFIGS: tuple[type, ...] = (RunConfig, ModelFields, DataConfig, TrainingFields,
 ALIASES: dict[str, str] = {
     "model": "model_name_or_path",
     "compare_metric": "metrics",
+    "torch_dtype": "dtype",
+    "max_seq_length": "max_length",
+    "modules_to_save": "lora_modules_to_save",
+    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+    # LLaMA-Factory and LLaMA-Efficient-Tuning; recipe/llamafactory.py knows the keys that mean something else
     "template": "chat_template",
     "adapter_name_or_path": "checkpoint_dir",
-    "adapter_folder": "checkpoint_dir",
     "hf_hub_token": "hf_token",
     "hf_auth_token": "hf_token",
     "tokenized_path": "data_cache_dir",
+    "cache_path": "data_cache_dir",
     "preprocessing_num_workers": "dataset_num_proc",
     "preprocessing_batch_size": "dataset_batch_size",
     "default_system": "system_prompt",
@@ -378,18 +385,22 @@ ALIASES: dict[str, str] = {
     "additional_target": "lora_modules_to_save",
     "quantization_type": "bnb_4bit_quant_type",
     "double_quantization": "use_bnb_nested_quant",
-    "torch_dtype": "dtype",
     "cutoff_len": "max_length",
-    "max_seq_length": "max_length",
     "lora_rank": "lora_r",
     "lora_target": "lora_target_modules",
-    "modules_to_save": "lora_modules_to_save",
-    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
     "finetuning_type": "adapter",
     "flash_attn": "attn_implementation",
+    "enable_liger_kernel": "use_liger_kernel",
+    "moe_aux_loss_coef": "router_aux_loss_coef",
+    # transformers 4
     "evaluation_strategy": "eval_strategy",
-    "activation_checkpointing": "gradient_checkpointing",
-    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+    "no_cuda": "use_cpu",
+    "torchdynamo": "torch_compile_backend",
+    "push_to_hub_token": "hub_token",
+    "push_to_hub_model_id": "hub_model_id",
+    # TRL
+    "use_liger": "use_liger_kernel",
+    "chat_template_path": "chat_template",
 }
 
 
@@ -405,3 +416,5 @@ class Recipe:
     decoding: DecodingConfig
     given: dict[str, str] = field(default_factory=dict, compare=False)
     """Key → `recipe.yaml:7` or `--key`, for messages. Two recipes are equal wherever their values were found."""
+    notes: list[str] = field(default_factory=list, compare=False)
+    """Lines to print before the run: keys of other programs that nothing reads, defaults that differ from theirs."""
