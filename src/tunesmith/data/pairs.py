@@ -97,12 +97,15 @@ def encode_pairs(
     Raises: RowError, TemplateError, DataError with the row's place.
     """
     how = PairEncoding(max_length, too_long, on_bad_row, chat_template_kwargs, max_source_length, max_target_length)
-    parts = []
+    parts = [as_pairs([])]
     for batch in batched(enumerate(examples), BATCH_PAIRS):
-        pairs = encode_pair_batch(batch, tokenizer, how, report)
-        parts.append(datasets.Dataset.from_list(pairs, features=PAIR_TYPES) if pairs else None)
-    parts = [part for part in parts if part is not None]
-    return datasets.concatenate_datasets(parts) if parts else datasets.Dataset.from_list([], features=PAIR_TYPES)
+        parts.append(as_pairs(encode_pair_batch(batch, tokenizer, how, report)))
+    return datasets.concatenate_datasets(parts)
+
+
+def as_pairs(pairs: Sequence[Pair]) -> datasets.Dataset:
+    """Pairs as a table."""
+    return datasets.Dataset.from_dict({name: [pair[name] for pair in pairs] for name in PAIR_TYPES}, PAIR_TYPES)
 
 
 def encode_pair_batch(
@@ -291,6 +294,8 @@ def _preference(value: Mapping[str, Any]) -> dict[str, Any]:
     if prompt is None:
         shared = first_difference(chosen, rejected)
         shared = min(shared, len(chosen) - 1, len(rejected) - 1)
+        if not shared:
+            raise RowError("there is no prompt, and the two conversations share no turn. Add it.", "empty-prompt")
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     prompt = _turns(prompt, "user", "prompt")
     for answer in (chosen, rejected):
