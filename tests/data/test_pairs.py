@@ -57,10 +57,17 @@ def test_both_conversations_of_a_merging_tokenizer_share_the_prompt_that_generat
 
 # workflow: P6
 def test_prompt_and_answer_have_limits_of_their_own(byte_tokenizer):
-    (pair,), report = encoded(byte_tokenizer, example("abcdef", "xyz"), max_source_length=5, max_target_length=4)
-    assert byte_tokenizer.decode(pair["chosen_input_ids"]) == "<|im_start|>userabcd"
-    assert byte_tokenizer.decode(pair["rejected_input_ids"]) == "<|im_start|>userxyz<|im_end|>"
+    (pair,), report = encoded(byte_tokenizer, example("abcdef", "xyz"), max_source_length=20, max_target_length=4)
+    prompt = "<|im_start|>user\n2<|im_end|>\n<|im_start|>assistant\n"
+    assert byte_tokenizer.decode(pair["chosen_input_ids"]) == prompt + "abcd"
+    assert byte_tokenizer.decode(pair["rejected_input_ids"]) == prompt + "xyz<|im_end|>"
+    assert pair["first_difference"] == 20
     assert report.to_json()["changed"] == {"cut": {"rows": 1, "first": [{"source": "pairs.jsonl", "line": 1}]}}
+
+
+def test_a_limit_below_the_header_of_an_answer_is_an_error(byte_tokenizer):
+    with pytest.raises(DataError, match="max_source_length: 9 leaves no room for the 13 tokens"):
+        encoded(byte_tokenizer, example(), max_source_length=9)
 
 
 # workflow: P6

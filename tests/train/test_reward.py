@@ -397,6 +397,16 @@ def test_token_rows_that_do_not_say_where_they_part_are_taken(tmp_path):
     assert trainer.train_dataset["first_difference"] == pair_rows()["first_difference"]
 
 
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [([], "train_dataset row 2: chosen_input_ids are empty"), ([5, 4000], "train_dataset row 2: input_ids hold 4000")],
+)
+def test_token_rows_that_the_model_cannot_read_are_refused(tmp_path, ids, message):
+    rows = [{"chosen_input_ids": one, "rejected_input_ids": [1, 2]} for one in ([3], ids)]
+    with pytest.raises(DataError, match=message):
+        make_reward_trainer(tmp_path, rows=rows)
+
+
 def test_plain_arguments_are_taken_over(tmp_path):
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1, disable_tqdm=True)
     trainer = RewardTrainer(make_tiny_model(), args, train_dataset=POLITE, processing_class=make_byte_tokenizer())

@@ -16,9 +16,10 @@ from tunesmith.data.chat_template import place_of
 from tunesmith.data.formats import kind_of
 from tunesmith.data.normalize import check_turns
 from tunesmith.data.prepare import batched
-from tunesmith.data.render import Rendered, drop_oldest_turns, render
+from tunesmith.data.render import Rendered, drop_oldest_turns, render, render_prompt
 from tunesmith.data.report import Report
 from tunesmith.data.rows import Row, RowError
+from tunesmith.data.spans import PROBE
 from tunesmith.data.tokenize import Tokens, tokenize
 from tunesmith.errors import DataError, TemplateError
 
@@ -92,7 +93,8 @@ def encode_pairs(
             much of it for both. A pair that differs nowhere within the limits is dropped.
         on_bad_row: `error` raises where the template refuses a conversation; else such pairs are dropped.
         chat_template_kwargs: variables of the template; an example's own win.
-        max_source_length, max_target_length: longest prompt and longest answer; the end of a longer one is cut.
+        max_source_length, max_target_length: longest prompt and longest answer; the end of a longer one is cut, but
+            a prompt keeps what the template writes between its last message and the answer.
 
     Raises: RowError, TemplateError, DataError with the row's place.
     """
@@ -183,7 +185,7 @@ def fit_pair(
 ) -> Pair | None:
     """The pair within all limits; `None` for one that is dropped, which is then counted."""
     size = f"{len(sides[0].ids)} and {len(sides[1].ids)} tokens, max_length is {how.max_length}"
-    fitted, reason = _limited(sides, how)
+    fitted, reason = _limited(example, sides, tokenizer, how)
     if how.max_length is not None and longest(fitted) > how.max_length:
         fitted, reason = _shortened(example, fitted, tokenizer, how, size)
     if fitted is None:
@@ -214,14 +216,43 @@ def first_difference(chosen: Sequence[int], rejected: Sequence[int]) -> int:
     return next((at for at, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
 
 
-def _limited(sides: tuple[Side, Side], how: PairEncoding) -> tuple[tuple[Side, Side], str]:
+def _limited(
+    example: Mapping[str, Any], sides: tuple[Side, Side], tokenizer: "PreTrainedTokenizerBase", how: PairEncoding
+) -> tuple[tuple[Side, Side], str]:
     """Prompt and answers within their own limits, and the reason for the report if anything was cut."""
     found = []
     for ids, length in sides:
-        prompt, answer = ids[:length][: how.max_source_length], ids[length:][: how.max_target_length]
+        prompt, answer = ids[:length], ids[length:][: how.max_target_length]
+        if how.max_source_length is not None and length > how.max_source_length:
+            header = header_length(example, tokenizer, how)
+            if header > how.max_source_length:
+                raise DataError(
+                    f"max_source_length: {how.max_source_length} leaves no room for the {header} tokens that the chat "
+                    f"template writes between a message and its answer. Set it to more than {header}."
+                )
+            prompt = prompt[: how.max_source_length - header] + prompt[length - header :]
         found.append(Side(prompt + answer, len(prompt)))
     cut = any(len(new.ids) < len(old.ids) for new, old in zip(found, sides))
     return (found[0], found[1]), "cut" if cut else ""
+
+
+def header_length(example: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", how: PairEncoding) -> int:
+    """Tokens that the template writes between the last message of the prompt and the answer; a cut prompt keeps them.
+
+    Found by writing another message there. 0 for texts, and where the header depends on what the message says.
+    """
+    chosen = apart(example, how)[0]
+    prompt, options = chosen["prompt"], {key: chosen.get(key) for key in ("tools", "chat_template_kwargs")}
+    if isinstance(prompt, str):
+        return 0
+    text = render_prompt(prompt, tokenizer, **options).text
+    probe = render_prompt([*prompt[:-1], {**prompt[-1], "content": PROBE}], tokenizer, **options).text
+    header = probe.rpartition(PROBE)[2]
+    if not text.endswith(header):
+        return 0
+    whole, before = (Rendered(part, []) for part in (text, text.removesuffix(header)))
+    whole, before = (len(tokens["input_ids"]) for tokens in tokenize([whole, before], tokenizer))
+    return whole - before
 
 
 def _shortened(
@@ -248,7 +279,7 @@ def _shortened(
     while how.too_long == "keep_last_turns" and (shorter := drop_oldest_turns(shorter)) is not None:
         rendered = [render(one, tokenizer, train_on="completion") for one in apart(shorter, how)]
         chosen, rejected = (side_of(tokens) for tokens in tokenize(rendered, tokenizer))
-        found, _ = _limited((chosen, rejected), how)
+        found, _ = _limited(shorter, (chosen, rejected), tokenizer, how)
         if longest(found) <= how.max_length:
             return found, "turns-dropped"
     return None, "too-long"

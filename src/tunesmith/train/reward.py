@@ -1,24 +1,17 @@
-"""RewardTrainer: preference pairs and a causal language model go in, a model that scores answers comes out.
-
-pairs        chosen 1, ..., chosen n, rejected 1, ..., rejected n, end to end without padding
-rewards      one number for each token
-loss         for each pair the mean of -log sigmoid(reward of chosen - reward of rejected) over positions
-score        the reward at an answer's last token
-"""
+"""RewardTrainer: preference pairs and a causal language model go in, a model that scores answers comes out."""
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import datasets
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
@@ -31,7 +24,7 @@ from tunesmith.data.render import render
 from tunesmith.data.report import Report
 from tunesmith.data.rows import RowError
 from tunesmith.data.tokenize import tokenize
-from tunesmith.errors import CheckpointError, ConfigError
+from tunesmith.errors import CheckpointError, ConfigError, DataError
 from tunesmith.model.adapt import check_trainable, count_parameters
 from tunesmith.model.attention import attention_configs
 from tunesmith.model.capabilities import Support, probe_model
@@ -39,12 +32,14 @@ from tunesmith.model.load import check_vocabulary
 from tunesmith.model.lora import save_plain_lora
 from tunesmith.model.value_head import RewardModel, ValueHead, has_head, read_head
 from tunesmith.runs import write_text
+from tunesmith.train.arguments import check_ids, num_embeddings
 from tunesmith.train.choose import choose_checkpointing, settled
 from tunesmith.train.collate import FlatCollator, PaddedCollator
 from tunesmith.train.datasets import columns_of
 from tunesmith.train.evaluation import EvaluatingTrainer
 from tunesmith.train.loaders import eval_batches, loader, train_batches
 from tunesmith.train.options import SFTConfig, as_sft_config, explains_keywords, modernized
+from tunesmith.train.pairwise import MODEL_KEYS, PairCollator, pair_loss
 from tunesmith.train.processing import one_of, processing_for, tokenizer_in
 from tunesmith.train.reading import check_report, numbered, values_of
 from tunesmith.train.sft import longest_row
@@ -54,10 +49,6 @@ from tunesmith.train.trainable import adapted, named_model
 logger = logging.getLogger(__name__)
 
 PREDICTIONS_FILE = "generated_predictions.jsonl"
-MODEL_KEYS = (
-    *("input_ids", "attention_mask", "position_ids"),
-    *("document_lengths", "cu_seq_lens_q", "cu_seq_lens_k"),
-)
 READ_DATASET_KWARGS = ("on_bad_row",)
 
 
@@ -72,91 +63,15 @@ class RewardConfig(SFTConfig):
     differ, `last_token` only those that become the scores."""
 
     def __post_init__(self):
-        if self.reward_loss not in ("span", "last_token"):
-            raise ConfigError(f"RewardConfig: reward_loss: expected span or last_token, got {self.reward_loss!r}.")
+        check_reward_loss(self.reward_loss)
         super().__post_init__()
 
 
-# Batches ------------------------------------------------------------------------------------------------------------
-
-
-class PairCollator:
-    """n pairs → 2n conversations, the chosen ones first, and the places of the rewards that are compared.
-
-    span:        r_c and r_r at position t = first difference, ..., end of the longer conversation; where the shorter
-                 one has ended, its last reward stands for it
-    last_token:  r_c and r_r at the last token of each
-
-    The era's code compared an answer that goes on with rewards of the padding behind the other, which no score is
-    ever read from; with answers of one length both are the same.
-
-    Args:
-        collate: makes a batch of documents, flat or padded on the right.
-        reward_loss: `span` or `last_token`.
-    """
-
-    def __init__(self, collate: FlatCollator | PaddedCollator, reward_loss: str = "span"):
-        self.collate, self.reward_loss = collate, reward_loss
-
-    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """One batch; of no pairs, one that trains nothing."""
-        ids = [list(pair[f"{side}_input_ids"]) for side in SIDES for pair in pairs]
-        batch = self.collate([{"input_ids": document, "labels": document} for document in ids])
-        lengths = [len(document) for document in ids]
-        width = batch["input_ids"].shape[1]
-        is_flat = batch["input_ids"].shape[0] == 1 and isinstance(self.collate, FlatCollator)
-        starts = np.cumsum([0, *lengths])[:-1] if is_flat else width * np.arange(len(ids))
-        batch = {key: batch[key] for key in (*MODEL_KEYS, "num_tokens") if key in batch}
-        begins = [pair["first_difference"] if self.reward_loss == "span" else None for pair in pairs]
-        return batch | compared(begins, lengths, starts.tolist()) | {"num_pairs": len(pairs)}
-
-
-def compared(begins: Sequence[int | None], lengths: Sequence[int], starts: Sequence[int]) -> dict[str, Tensor]:
-    """Places in the flattened rewards of what the loss compares.
-
-    Args:
-        begins: where each pair begins to differ; `None`: its last tokens are compared.
-        lengths, starts: of the 2n conversations, the chosen ones first; where each begins in the flattened batch.
-
-    Returns: `left_index`, `right_index` (N,) of chosen and rejected; `pair_weights` (N,), which sum to 1 for each
-    pair; `chosen_last`, `rejected_last` (n,).
-    """
-    count = len(begins)
-    last = torch.tensor([start + length - 1 for start, length in zip(starts, lengths)], dtype=torch.int64)
-    left, right, weights = [], [], []
-    for pair, begin in enumerate(begins):
-        both = (pair, pair + count)
-        end = max(lengths[side] for side in both)
-        places = torch.arange(end - 1 if begin is None else min(begin, end - 1), end)
-        for found, side in zip((left, right), both):
-            found.append(starts[side] + places.clamp(max=lengths[side] - 1))
-        weights.append(torch.full((len(places),), 1 / len(places)))
-    none = torch.zeros(0, dtype=torch.int64)
-    return {
-        "left_index": torch.cat([none, *left]),
-        "right_index": torch.cat([none, *right]),
-        "pair_weights": torch.cat([none.float(), *weights]),
-        "chosen_last": last[:count],
-        "rejected_last": last[count:],
-    }
-
-
-class Compared(NamedTuple):
-    """What a batch of pairs comes to."""
-
-    loss: Tensor
-    """Summed over the pairs."""
-    chosen: Tensor
-    """Score of each chosen conversation, (n,)."""
-    rejected: Tensor
-
-
-def pair_loss(rewards: Tensor, batch: Mapping[str, Tensor]) -> Compared:
-    """Loss and scores from the rewards of all tokens, (B, S), at the places that `compared` found."""
-    flat = rewards.flatten()
-    margins = flat[batch["left_index"]] - flat[batch["right_index"]]
-    loss = -(F.logsigmoid(margins) * batch["pair_weights"]).sum()
-    return Compared(loss, flat[batch["chosen_last"]].detach(), flat[batch["rejected_last"]].detach())
+def check_reward_loss(name: str) -> str:
+    """The name, if it is one; raises ConfigError."""
+    if name not in ("span", "last_token"):
+        raise ConfigError(f"RewardConfig: reward_loss: expected span or last_token, got {name!r}.")
+    return name
 
 
 # The trainer --------------------------------------------------------------------------------------------------------
@@ -210,6 +125,7 @@ class RewardTrainer(EvaluatingTrainer):
         check_vocabulary(base, self.tokenizer)
         base = adapted(base, args, peft_config, self.tokenizer, self.choices.append)
         check_trainable(base)
+        self._num_embeddings = num_embeddings(base)
         self.args, self.max_length = args, longest_row(args, base, self.tokenizer)
         train_dataset = self._prepared("train_dataset", train_dataset)
         eval_dataset = self._prepared("eval_dataset", eval_dataset)
@@ -245,7 +161,7 @@ class RewardTrainer(EvaluatingTrainer):
             return {key: self._prepared(f"{name}[{key}]", part) for key, part in dataset.items()}
         check_pairs_kind(name, dataset)
         if f"{SIDES[0]}_input_ids" in columns_of(dataset):
-            return with_differences(dataset)
+            return ready_pairs(name, dataset, self._num_embeddings)
         report = self.reports[name] = Report()
         found = read_pairs(name, dataset, self.args, self.tokenizer, self.max_length, report)
         if lost := report.losses():
@@ -444,7 +360,7 @@ def as_reward_config(args: Any) -> RewardConfig:
     if strange := [name for name, is_given in refused.items() if is_given]:
         raise ConfigError(f"RewardTrainer: nothing acts on {', '.join(strange)} in stage rm. Remove it.")
     found = modernized(found)
-    found.reward_loss = getattr(found, "reward_loss", "span")
+    found.reward_loss = check_reward_loss(getattr(found, "reward_loss", "span"))
     found.token_metrics = False  # the figures of pairs are logged in their place
     return found
 
@@ -500,10 +416,20 @@ def read_pairs(
     return pairs
 
 
-def with_differences(dataset: Any) -> datasets.Dataset:
-    """Token rows that name where their conversations part; it is found where they do not."""
+def ready_pairs(name: str, dataset: Any, limit: int | None) -> datasets.Dataset:
+    """Token rows with the place where their conversations part, which is found where they do not name it.
+
+    Raises: DataError for ids that the model does not know, and for a conversation without a token.
+    """
     table = dataset if isinstance(dataset, datasets.Dataset) else datasets.Dataset.from_list(list(dataset))
     table = table.with_format(None)
+    for side in SIDES:
+        check_ids(
+            name, table.select_columns(f"{side}_input_ids").rename_column(f"{side}_input_ids", "input_ids"), limit
+        )
+        lengths = list(map(len, table[f"{side}_input_ids"]))
+        if 0 in lengths:
+            raise DataError(f"{name} row {lengths.index(0) + 1}: {side}_input_ids are empty. Leave the row out.")
     if "first_difference" in table.column_names:
         return table
     found = [first_difference(row["chosen_input_ids"], row["rejected_input_ids"]) for row in table]
