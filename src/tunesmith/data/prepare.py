@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import datasets
 from datasets.table import InMemoryTable
 
+from tunesmith.data.cache import Cache, key_of
 from tunesmith.data.detect import describe_format, detect_format
 from tunesmith.data.encode import Encoding
 from tunesmith.data.normalize import Example, count_duplicates, normalize
@@ -90,6 +91,7 @@ def encode_examples(
     *,
     batch_size: int | None = BATCH_ROWS,
     num_proc: int | None = None,
+    cache: Cache | None = None,
     **encoding: Any,
 ) -> datasets.Dataset:
     """Examples as rows of `input_ids`, `labels` and, if some differ from 1, `weights`.
@@ -98,15 +100,23 @@ def encode_examples(
         report: every row that is dropped or changed is counted there, and the tokens of those kept.
         batch_size: examples at once; `None` or below 1: all.
         num_proc: processes; `None`: chosen by rows and cores, see `parallel.num_workers`.
+        cache: where the rows are kept and read again, see `cache.cache_of`; `None`: nowhere.
         encoding: options of `Encoding`.
 
     Raises: RowError, TemplateError for an example that cannot be labelled exactly, unless skipped; DataError for one
         that is too long under `too_long="error"`.
     """
     how = Encoding(**encoding)
-    workers = num_workers(num_proc, len(examples), tokenizer, how)
-    parts = encode_batches(batched(examples, batch_size), tokenizer, how, report, workers)
-    return joined([dataset_of(part.table) for part in parts])
+
+    def encoded(counts: Report) -> datasets.Dataset:
+        workers = num_workers(num_proc, len(examples), tokenizer, how)
+        parts = encode_batches(batched(examples, batch_size), tokenizer, how, counts, workers)
+        return joined([dataset_of(part.table) for part in parts])
+
+    if cache is None:
+        return encoded(report)
+    key = key_of(examples, tokenizer, vars(how)) if len(examples) >= cache.min_rows else None
+    return cache.fetch(key, encoded, report, len(examples))
 
 
 def batched(items: Iterable[Item], size: int | None) -> Iterator[list[Item]]:

@@ -126,6 +126,20 @@ class Report:
             for listed in (self.drops, self.changes, self.lengths):
                 del listed[limit:]
 
+    def state(self) -> dict[str, Any]:
+        """Everything that is counted, as data that `of` reads."""
+        lists = {"drops": list(map(list, self.drops)), "changes": list(map(list, self.changes))}
+        return {**vars(self), **lists}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Report":
+        """The report with that state."""
+        report = cls()
+        vars(report).update(state)
+        report.drops = [Problem(*problem) for problem in state["drops"]]
+        report.changes = [Problem(*problem) for problem in state["changes"]]
+        return report
+
     def check(self, max_drop_ratio: float) -> None:
         """Stop a run that would train on nothing, on next to nothing, or on too little of what was given.
 
