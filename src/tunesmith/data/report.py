@@ -382,6 +382,24 @@ def preview(
     return None
 
 
+def first_row_lines(dataset: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[str]:
+    """The first row as ids and as text: `input_ids:`, `inputs:`, `label_ids:`, `labels:`, and what other ids it has.
+
+    Masked labels are left out of the text. Characters that a terminal would act on are written as escapes.
+    """
+    lines = []
+    for name, ids in next(iter(dataset), {}).items():
+        if name != "labels" and not name.endswith("_ids"):
+            continue
+        kind = "label" if name == "labels" else name.removesuffix("_ids")
+        numbers = [int(id) for id in ids]
+        shown = [id for id in numbers if id != IGNORE_INDEX]
+        text = visible(_decode_range(tokenizer, shown, 0, len(shown)), keep="\n")
+        title = {"input": "inputs", "label": "labels"}.get(kind, kind)
+        lines += [f"{kind}_ids:", str(numbers), f"{title}:", *text.split("\n")]
+    return lines
+
+
 def _runs(row: Mapping[str, Any], tokenizer: Any) -> list[Run]:
     """Neighbours of the same label state, weight and kind, decoded together so that multi-byte characters survive."""
     ids, labels = row["input_ids"], row["labels"]
