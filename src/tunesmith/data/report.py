@@ -1,10 +1,10 @@
 """What was kept, changed and dropped, and why; how many tokens train; and a preview of what the loss covers."""
 
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunesmith.data import IGNORE_INDEX
@@ -52,7 +52,7 @@ def place(source: str, line: int) -> str:
     """Where a row stands: `data.jsonl:3` where files count lines, `data.json row 3` where rows are counted."""
     if not line:
         return visible(source)
-    counts_lines = Path(source).suffix.lower() in (".jsonl", ".csv", ".txt")
+    counts_lines = os.path.splitext(source)[1].lower() in (".jsonl", ".csv", ".txt")
     return f"{visible(source)}:{line}" if counts_lines else f"{visible(source)} row {line}"
 
 
@@ -125,6 +125,20 @@ class Report:
             self.num_unlisted_changes += _num_rows(self.changes[limit:])
             for listed in (self.drops, self.changes, self.lengths):
                 del listed[limit:]
+
+    def state(self) -> dict[str, Any]:
+        """Everything that is counted, as data that `of` reads."""
+        lists = {"drops": list(map(list, self.drops)), "changes": list(map(list, self.changes))}
+        return {**vars(self), **lists}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Report":
+        """The report with that state."""
+        report = cls()
+        vars(report).update(state)
+        report.drops = [Problem(*problem) for problem in state["drops"]]
+        report.changes = [Problem(*problem) for problem in state["changes"]]
+        return report
 
     def check(self, max_drop_ratio: float) -> None:
         """Stop a run that would train on nothing, on next to nothing, or on too little of what was given.
@@ -366,6 +380,24 @@ def preview(
     if not coloured:
         console.out(text, highlight=False)
     return None
+
+
+def first_row_lines(dataset: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[str]:
+    """The first row as ids and as text: `input_ids:`, `inputs:`, `label_ids:`, `labels:`, and what other ids it has.
+
+    Masked labels are left out of the text. Characters that a terminal would act on are written as escapes.
+    """
+    lines = []
+    for name, ids in next(iter(dataset), {}).items():
+        if name != "labels" and not name.endswith("_ids"):
+            continue
+        kind = "label" if name == "labels" else name.removesuffix("_ids")
+        numbers = [int(id) for id in ids]
+        shown = [id for id in numbers if id != IGNORE_INDEX]
+        text = visible(_decode_range(tokenizer, shown, 0, len(shown)), keep="\n")
+        title = {"input": "inputs", "label": "labels"}.get(kind, kind)
+        lines += [f"{kind}_ids:", str(numbers), f"{title}:", *text.split("\n")]
+    return lines
 
 
 def _runs(row: Mapping[str, Any], tokenizer: Any) -> list[Run]:
