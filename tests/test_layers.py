@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "runs": FLOOR,
     "resume": FLOOR | {"runs"},
     "evaluate": FLOOR | {"data", "model", "runs"},
-    "deliver": FLOOR | {"data", "model", "runs", "evaluate"},
+    "deliver": FLOOR | {"data", "model", "recipe", "runs", "evaluate"},
     "train": FLOOR | {"allocator", "data", "model", "runs", "evaluate", "deliver"},
     "workflow": FLOOR | {"data", "model", "recipe", "runs", "resume", "evaluate", "train", "deliver", "allocator"},
     "cli": {"errors", "config", "recipe", "allocator", "workflow", "deliver"},

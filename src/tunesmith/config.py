@@ -74,6 +74,9 @@ class RunConfig:
     """Draw `training_loss.png` when training ends, and `training_eval_loss.png` where there were evaluations."""
     compare_rows: Annotated[int, Ge(0)] = 0
     """Held-out rows answered before and after training, shown side by side with `metrics`. 0: none."""
+    reward_loss: Literal["span", "last_token"] = "span"
+    """Rewards that the loss of stage rm compares: `span` those of all positions from where two answers begin to
+    differ, `last_token` only those that become the scores."""
     metrics: str | list[str] | None = None
     """Names in `METRICS` or `file.py:function`, several as a list or comma-separated, computed over written answers.
     `None`: `exact_match` for compared rows, BLEU-4 and ROUGE (`bleu_rouge`) with `predict_with_generate`."""
@@ -251,9 +254,9 @@ class TrainingFields:
     """Shuffle the training rows once, by `seed`, before they are packed."""
     packing: bool = False
     """Join examples into rows of at most `max_length` tokens. They never see each other, so the loss is the same."""
-    packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = "bfd"
+    packing_strategy: Literal["bfd", "bfd_split", "wrapped", "blocks"] = "bfd"
     """`bfd` keeps examples whole (best-fit decreasing); `bfd_split` first cuts longer ones into several; `wrapped`
-    cuts to fill every row."""
+    cuts to fill every row; `blocks` also leaves out the tail that fills none, as stage `pt` does."""
     eval_packing: bool | None = None
     """Pack the evaluation set. `None`: as `packing`."""
     tokens_per_batch: Annotated[int, Ge(1)] | None = None

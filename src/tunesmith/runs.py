@@ -192,7 +192,16 @@ class Run:
         all_results.json                                                 all of them
         """
         self.save_json(f"{phase}_results.json", figures)
-        self.save_json(ALL_RESULTS_FILE, (_read_json(self.path / ALL_RESULTS_FILE) or {}) | dict(figures))
+        self.save_json(ALL_RESULTS_FILE, self.results() | dict(figures))
+
+    def results(self) -> dict[str, Any]:
+        """The figures of all phases so far."""
+        return _read_json(self.path / ALL_RESULTS_FILE) or {}
+
+    def forget_results(self) -> None:
+        """Begin anew: figures of a run that stopped here before are not this run's."""
+        if self.writes:
+            (self.path / ALL_RESULTS_FILE).unlink(missing_ok=True)
 
     def save_recipe(self, options: Mapping[str, Any]) -> Path:
         """Write the resolved recipe in the order given, as `recipe.yaml`."""

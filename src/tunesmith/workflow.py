@@ -1,9 +1,9 @@
-"""One run, top to bottom: recipe → data → model → train → evaluate → compare → save; a function for each command."""
+"""One run, top to bottom: recipe → data → model → train → evaluate → predict → plot; a function for each command."""
 
 import contextlib
+import dataclasses
 import os
 import platform
-import shutil
 import sys
 import tempfile
 import time
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import torch
 import transformers
 from rich.console import Console
@@ -19,48 +18,85 @@ from torch import nn
 
 from tunesmith import __version__
 from tunesmith.config import TrainingFields
-from tunesmith.data.load import load_rows, split_rows
-from tunesmith.data.normalize import Example, find_overlap
+from tunesmith.data.cache import cache_of
+from tunesmith.data.collect import collect
+from tunesmith.data.normalize import Example
 from tunesmith.data.pack import length_before_packing
-from tunesmith.data.prepare import encode_examples, read_examples
-from tunesmith.data.report import Report, preview
+from tunesmith.data.pairs import encode_pairs
+from tunesmith.data.prepare import encode_examples
+from tunesmith.data.report import Report, first_row_lines, preview
+from tunesmith.data.stream import FINISHED, stream
 from tunesmith.deliver.chat import chat as talk
 from tunesmith.deliver.merge import merge
-from tunesmith.errors import CheckpointError, ConfigError
-from tunesmith.evaluate.metrics import METRICS
-from tunesmith.evaluate.predict import before_after_table, comparisons
+from tunesmith.deliver.summary import show_answers, show_reports, show_results
+from tunesmith.errors import ConfigError
+from tunesmith.evaluate.generate import answer_decoding
+from tunesmith.evaluate.metrics import metrics_for
+from tunesmith.evaluate.predict import PREDICTIONS_FILE, comparisons, prefixed
 from tunesmith.evaluate.predict import predict as answer
-from tunesmith.lookup import lookup
-from tunesmith.model.adapt import adapt
+from tunesmith.evaluate.questions import expected_texts
 from tunesmith.model.capabilities import bf16_is_faster
-from tunesmith.model.load import adapter_base, load_any, load_tokenizer, model_max_length
-from tunesmith.model.quantize import is_quantized, quantization_options
-from tunesmith.recipe import Recipe, load_recipe, resolved
-from tunesmith.runs import Run, prepare_output_dir
+from tunesmith.model.chain import adapter_folders
+from tunesmith.model.load import check_vocabulary
+from tunesmith.model.open import longest_text, open_for_answers, open_for_training, open_tokenizer
+from tunesmith.model.saved import save_arguments
+from tunesmith.model.value_head import RewardModel, has_head, read_head
+from tunesmith.recipe import Recipe, load_recipe, phases, resolved
+from tunesmith.resume import begin
+from tunesmith.runs import Run
 from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, SampleCallback, use_progress
-from tunesmith.train.curves import plot_curves
+from tunesmith.train.curves import PER_TOKEN, plot_curves
 from tunesmith.train.options import SFTConfig
 from tunesmith.train.processing import changed
+from tunesmith.train.ranks import first_decides, is_first_process
+from tunesmith.train.reward import RewardConfig, RewardTrainer
 from tunesmith.train.sft import SFTTrainer
 
 SHOWN_COMPARISONS = 5
 DEFAULT_SEED = 42
 
-STAGES = {"sft": (SFTTrainer, SFTConfig)}
+
+class Stage(NamedTuple):
+    """What a stage of training is made of."""
+
+    trainer: type
+    config: type
+    defaults: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    """Training options that differ from `TrainingFields` in this stage."""
+    unit: str = PER_TOKEN
+    """Of the loss, for the axis of its curve."""
+
+
+STAGES: dict[str, Stage] = {
+    "pt": Stage(SFTTrainer, SFTConfig, {"packing": True, "packing_strategy": "blocks", "train_on": "all"}),
+    "sft": Stage(SFTTrainer, SFTConfig),
+    "rm": Stage(RewardTrainer, RewardConfig, unit="nats per pair"),
+}
 
 
 class Prepared(NamedTuple):
-    """The data of a run, tokenized, with its reports; evaluation parts are `None` without evaluation data."""
+    """The data of a run, tokenized, with its reports; evaluation sets by name, the only one of a run as ""."""
 
-    train: datasets.Dataset
-    report: Report
-    evaluation: datasets.Dataset | None = None
-    evaluation_report: Report | None = None
-    evaluation_examples: Sequence[Example] = ()
+    train: Any = None
+    """Token rows, or a stream of examples that the trainer tokenizes; `None` where nothing is trained."""
+    report: Report | None = None
+    evaluation: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    evaluation_reports: dict[str, Report] = {}  # noqa: RUF012
+    evaluation_examples: dict[str, list[Example]] = {}  # noqa: RUF012
+
+    @property
+    def held_out(self) -> list[Example]:
+        """The examples of all evaluation sets, one set after another."""
+        return [example for examples in self.evaluation_examples.values() for example in examples]
+
+    @property
+    def evaluation_sets(self) -> Any:
+        """The evaluation data as a trainer takes it: one dataset, a dict of several, or `None`."""
+        return self.evaluation.get("", self.evaluation) if self.evaluation else None
 
 
 def run(recipe: Any = None, **overrides: Any) -> dict[str, float]:
-    """Train what a recipe says: `run("recipe.yaml", learning_rate=1e-4)`, as `tunesmith train` does.
+    """Do what a recipe says: `run("recipe.yaml", learning_rate=1e-4)`, as `tunesmith train` does.
 
     Args:
         recipe: path of a recipe, or a dict of options, or a `Recipe`.
@@ -71,292 +107,113 @@ def run(recipe: Any = None, **overrides: Any) -> dict[str, float]:
     return train(recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides))
 
 
-# ---- train -------------------------------------------------------------------------------------------------------
+# ---- the run -----------------------------------------------------------------------------------------------------
 
 
 def train(recipe: Recipe) -> dict[str, float]:
-    """Run the whole recipe; everything a person may want to see lies in `output_dir` afterwards."""
-    console = Console()
-    output_dir = recipe.training.get("output_dir") or TrainingFields.output_dir
-    folder = open_run(output_dir, recipe)
+    """Train, evaluate, predict: the phases that the recipe names; `output_dir` holds everything afterwards."""
+    console = Console(quiet=not is_first_process())
+    todo = phases(recipe)
+    folder, checkpoint = open_run(recipe)
     with recorded(folder):
-        folder.save_recipe(resolved(recipe))
-        tokenizer = tokenizer_of(recipe)
+        if todo.train:
+            folder.save_recipe(resolved(recipe))
+        going_on = [f"resume: going on from {checkpoint}"] if checkpoint is not None else []
+        tell([*recipe.notes, *going_on], folder, console)
+        tokenizer = tokenizer_of(recipe, lambda line: tell([line], folder, console))
         data = prepare_data(recipe, tokenizer)
         folder.save_json("data_report.json", report_json(data))
         show_data(data, tokenizer, console)
-        said: list[str] = []
-        model = trainable_model(recipe, tokenizer, said.append)
-        trainer = build_trainer(recipe, model, tokenizer, data, folder, console, said)
-        before = compare(recipe, trainer, data, folder, "before", console)
-        metrics = trainer.train(resume_from_checkpoint=recipe.training.get("resume_from_checkpoint")).metrics
-        trainer.save_model()
-        after = compare(recipe, trainer, data, folder, "after", console)
-        metrics |= trainer.evaluate() if data.evaluation is not None and recipe.training.get("do_eval", True) else {}
-        metrics = finish(recipe, trainer, folder, metrics | after)
-        if recipe.run.do_merge:
-            merge(folder.path, folder.path / "merged")
-        show_results(recipe, folder, data, tokenizer, metrics, before, after, console)
-    return metrics
+        metric = written_metric(recipe, data)
+        trainer = build_trainer(recipe, tokenizer, data, metric, folder, console)
+        if todo.train:
+            run_training(recipe, trainer, data, metric, folder, checkpoint, console)
+        if todo.evaluate and data.evaluation:
+            folder.save_results("eval", trainer.evaluate())
+        if todo.predict:
+            folder.save_results("predict", run_prediction(recipe, trainer, data, metric, folder, console))
+        return finish(recipe, data, folder, console)
 
 
-def open_run(output_dir: str, recipe: Recipe) -> Run:
-    """The run directory: a new one, or the one that the checkpoint to resume from lies in.
+def open_run(recipe: Recipe) -> tuple[Run, Path | None]:
+    """The run directory, and the checkpoint that training goes on from.
 
-    Raises: CheckpointError where there is no such checkpoint; ConfigError for a folder that is in the way.
+    Evaluation and prediction alone put their files beside what the folder holds.
     """
-    checkpoint = recipe.training.get("resume_from_checkpoint")
-    if checkpoint is not None:
-        if not (Path(checkpoint) / "trainer_state.json").is_file():
-            raise CheckpointError(
-                f"resume_from_checkpoint: {checkpoint} holds no trainer_state.json, so it is no checkpoint. "
-                "Name a folder like runs/mine/checkpoint-100."
-            )
-        if Path(output_dir).resolve() in Path(checkpoint).resolve().parents:
-            return Run(output_dir)
-    return Run(prepare_output_dir(output_dir, recipe.run.overwrite_output_dir))
-
-
-def tokenizer_of(recipe: Recipe) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer that the recipe's model brings, with the recipe's template."""
-    if recipe.model.model_name_or_path is None:
-        raise ConfigError("model_name_or_path is missing. Name a model folder or a Hub id.")
-    tokenizer = load_tokenizer(
-        recipe.model.model_name_or_path,
-        chat_template=recipe.training.get("chat_template"),
-        gguf_file=recipe.model.gguf_file,
-        **hub_options(recipe),
+    output_dir = recipe.training.get("output_dir") or TrainingFields.output_dir
+    if not phases(recipe).train:
+        Path(output_dir).expanduser().mkdir(parents=True, exist_ok=True)
+        return Run(Path(output_dir).expanduser(), writes=is_first_process()), None
+    found = first_decides(
+        lambda: begin(
+            output_dir,
+            overwrite=recipe.run.overwrite_output_dir,
+            resume_from_checkpoint=recipe.training.get("resume_from_checkpoint"),
+        ),
+        use_cpu=uses_cpu(recipe),
     )
-    asked = {key: recipe.training[key] for key in ("eos_token", "pad_token") if recipe.training.get(key)}
-    return changed(tokenizer, asked) if asked else tokenizer
+    folder = Run(found.folder, writes=is_first_process())
+    if found.checkpoint is None:
+        folder.forget_results()
+    return folder, found.checkpoint
 
 
-def hub_options(recipe: Recipe) -> dict[str, Any]:
-    """What `from_pretrained` must know about where a model comes from."""
-    return {"revision": recipe.model.model_revision, "trust_remote_code": recipe.model.trust_remote_code}
+def run_training(
+    recipe: Recipe, trainer: Any, data: Prepared, metric: Any, folder: Run, checkpoint: Path | None, console: Console
+) -> None:
+    """Train and save the model, with the compared answers from before and after."""
+    before = compare(recipe, trainer, data, metric, folder, "before", console)
+    metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
+    trainer.save_model()
+    trainer.save_state()
+    if is_first_process():
+        save_arguments(folder.path, recipe.model, trainer.model)
+        trainer.create_model_card()
+    after = compare(recipe, trainer, data, metric, folder, "after", console)
+    folder.save_results("train", metrics | {"train_tokens": trainer.tokens_seen} | after)
+    if recipe.run.plot_loss and is_first_process():
+        title = f"Loss of {folder.path.name}"
+        plot_curves(trainer.state.log_history, folder.path, title, STAGES[recipe.run.stage].unit)
+    if after:
+        answers = (folder.path / f"predictions_{when}.jsonl" for when in ("before", "after"))
+        shown = comparisons(data.held_out, trainer.processing_class, *answers, limit=SHOWN_COMPARISONS)
+        show_answers(shown, min(recipe.run.compare_rows, len(data.held_out)), before, after, console)
 
 
-def prepare_data(recipe: Recipe, tokenizer: Any, *, check: bool = True) -> Prepared:
-    """Load, split, render and tokenize; raises DataError when nothing, or suspiciously little, would be trained."""
-    options, report = recipe.data, Report()
-    rows = load_source(recipe, options.dataset, report)
-    held_out, held_out_report = [], Report()
-    if options.eval_dataset:
-        held_out = load_source(recipe, options.eval_dataset, held_out_report)
-    elif options.val_size:
-        rows, held_out = split_rows(rows, options.val_size, recipe.training.get("seed", DEFAULT_SEED))
-        report.read -= len(held_out)
-        held_out_report.read = len(held_out)
-    examples = examples_of(recipe, rows, report)
-    dataset = encode(recipe, examples, tokenizer, report)
-    if check:
-        report.check(options.max_drop_ratio)
-    if not held_out:
-        return Prepared(dataset, report)
-    held_out_examples = examples_of(recipe, held_out, held_out_report)
-    if overlap := find_overlap(examples, held_out_examples):
-        held_out_report.note(
-            f"{overlap} of {len(held_out_examples)} held-out examples also stand in the training data"
-        )
-    held_out_dataset = encode(recipe, held_out_examples, tokenizer, held_out_report)
-    if check:
-        held_out_report.check(options.max_drop_ratio)
-    return Prepared(dataset, report, held_out_dataset, held_out_report, held_out_examples)
-
-
-def load_source(recipe: Recipe, source: str | list[str], report: Report) -> list:
-    """Rows of one or several files, folders or Hub datasets."""
-    options = recipe.data
-    return load_rows(
-        source, split=options.split, max_samples=options.max_samples, on_bad_row=options.on_bad_row, report=report
-    )
-
-
-def examples_of(recipe: Recipe, rows: list, report: Report) -> list[Example]:
-    """Rows in the recipe's format."""
-    options, text_field = recipe.data, recipe.training.get("dataset_text_field", "text")
-    columns = options.columns or ({"text": text_field} if text_field != "text" else None)
-    return read_examples(
-        rows,
-        report,
-        format=options.format,
-        columns=columns,
-        system_prompt=options.system_prompt,
-        on_bad_row=options.on_bad_row,
-    )
-
-
-def encode(recipe: Recipe, examples: Sequence[Example], tokenizer: Any, report: Report) -> datasets.Dataset:
-    """Examples as tokens, the way the recipe says."""
-
-    def option(name: str) -> Any:
-        return recipe.training.get(name, getattr(TrainingFields, name))
-
-    max_length = option("max_length")
-    if max_length is None and recipe.model.gguf_file is None:
-        max_length = model_max_length(recipe.model.model_name_or_path, **hub_options(recipe))
-    if option("packing") and max_length is not None:
-        max_length = length_before_packing(max_length, option("packing_strategy"), option("too_long"))
-    return encode_examples(
-        examples,
-        tokenizer,
-        report,
-        batch_size=option("dataset_batch_size"),
-        num_proc=option("dataset_num_proc"),
-        train_on=option("train_on"),
-        too_long=option("too_long"),
-        append_eos=option("append_eos"),
-        max_length=max_length,
-        on_bad_row=recipe.data.on_bad_row,
-    )
-
-
-def trainable_model(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> nn.Module:
-    """The base model with what the recipe trains of it; an adapter folder's adapter goes on training."""
-    options = recipe.model
-    transformers.set_seed(recipe.training.get("seed", DEFAULT_SEED))  # before adapters draw their first weights
-    model = load_any(
-        options.model_name_or_path,
-        trainable_adapter=True,
-        dtype=weight_dtype(recipe),
-        attn_implementation=options.attn_implementation,
-        gguf_file=options.gguf_file,
-        **quantization_options(options, use_cpu=bool(recipe.training.get("use_cpu"))),
-        **hub_options(recipe),
-    )
-    if adapter_base(options.model_name_or_path) is not None:
-        if options.adapter != "lora":
-            raise ConfigError(f"adapter: {options.model_name_or_path} is a LoRA adapter, which only goes on as lora.")
-        return model
-    return adapt(model, options, tokenizer, say)
-
-
-def weight_dtype(recipe: Recipe) -> str:
-    """float32, unless a frozen base may stay in the half precision it was saved in, which halves a GPU's memory."""
-    if recipe.model.dtype != "auto":
-        return recipe.model.dtype
-    on_gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu")
-    return "auto" if on_gpu and recipe.model.adapter == "lora" else "float32"
-
-
-def build_trainer(
-    recipe: Recipe,
-    model: nn.Module,
-    tokenizer: Any,
-    data: Prepared,
-    folder: Run,
-    console: Console,
-    said: Sequence[str] = (),
-) -> SFTTrainer:
-    """The stage's trainer, with the run directory and the progress display listening."""
-    trainer_class, config_class = STAGES[recipe.run.stage]
-    # transformers takes disable_tqdm from its log level, which the command line lowers
-    defaults = {"output_dir": str(folder.path), "seed": DEFAULT_SEED, "disable_tqdm": False}
-    try:
-        args = config_class(**{**defaults, **recipe.training})
-    except ConfigError:
-        raise
-    except ValueError as error:  # transformers checks combinations of its own
-        raise ConfigError(f"the training options contradict each other: {error}") from error
-    trainer = trainer_class(
-        model, args, train_dataset=data.train, eval_dataset=data.evaluation, processing_class=tokenizer
-    )
-    for line in (*said, *trainer.choices):
-        folder.event("choice", line)
-        console.out(line, highlight=False)
-    use_progress(trainer, ProgressCallback(lambda: trainer.tokens_seen, console))
-    trainer.add_callback(RunLogCallback(folder, lambda: trainer.tokens_seen))
-    if recipe.run.sample_rows and data.evaluation_examples:
-        few = data.evaluation_examples[: recipe.run.sample_rows]
-        trainer.add_callback(SampleCallback(folder, few, tokenizer, recipe.decoding))
-    return trainer
+def run_prediction(
+    recipe: Recipe, trainer: Any, data: Prepared, metric: Any, folder: Run, console: Console
+) -> dict[str, float]:
+    """Answer every held-out prompt, or score every held-out pair, into `generated_predictions.jsonl`."""
+    if recipe.run.stage == "rm":
+        result = trainer.predict(data.evaluation_sets, metric_key_prefix="predict")
+        trainer.save_predictions(result)
+        return result.metrics
+    path, tokenizer = folder.path / PREDICTIONS_FILE, trainer.processing_class
+    found = answered(recipe, trainer.model, tokenizer, data.held_out, path, metric, console)
+    return prefixed(found, "predict")
 
 
 def compare(
-    recipe: Recipe, trainer: SFTTrainer, data: Prepared, folder: Run, when: str, console: Console
+    recipe: Recipe, trainer: Any, data: Prepared, metric: Any, folder: Run, when: str, console: Console
 ) -> dict[str, float]:
     """Answer the compared rows and score them; the answers go to `predictions_before.jsonl` and `..._after.jsonl`."""
-    examples = data.evaluation_examples[: recipe.run.compare_rows]
+    examples = data.held_out[: recipe.run.compare_rows]
     if not examples:
         return {}
     console.out(f"answering {len(examples)} held-out prompts {when} training", highlight=False)
     path = folder.path / f"predictions_{when}.jsonl"
-    found = answered(recipe, trainer.model, trainer.processing_class, examples, path, console)
+    found = answered(recipe, trainer.model, trainer.processing_class, examples, path, metric, console)
     return {key: value for key, value in found.items() if not key.startswith("predict_")}
 
 
-def answered(
-    recipe: Recipe, model: nn.Module, tokenizer: Any, examples: Sequence[Example], path: Path, console: Console
-) -> dict[str, float]:
-    """Answer the examples into a file, with a count on a terminal; returns the figures."""
-    with console.status(f"answering {len(examples)} prompts") as status:
-        return answer(
-            model,
-            tokenizer,
-            examples,
-            path,
-            decoding=recipe.decoding,
-            metric=recipe.run.metrics or "exact_match",
-            progress=lambda done, total: status.update(f"answered {done} of {total} prompts"),
-        )
-
-
-def finish(recipe: Recipe, trainer: SFTTrainer, folder: Run, metrics: dict[str, Any]) -> dict[str, float]:
-    """Write figures, state and curve."""
-    metrics |= {"train_tokens": trainer.tokens_seen}
-    trainer.save_state()
-    folder.save_json("all_results.json", metrics)
-    if recipe.run.plot_loss:
-        plot_curves(trainer.state.log_history, folder.path, title=f"Loss of {folder.path.name}")
-    return metrics
-
-
-def show_results(
-    recipe: Recipe,
-    folder: Run,
-    data: Prepared,
-    tokenizer: Any,
-    metrics: dict[str, Any],
-    before: dict[str, float],
-    after: dict[str, float],
-    console: Console,
-) -> None:
-    """The end of the output: what changed, where everything lies, what to type next."""
-    if after:
-        answers = (folder.path / f"predictions_{when}.jsonl" for when in ("before", "after"))
-        shown = comparisons(data.evaluation_examples, tokenizer, *answers, limit=SHOWN_COMPARISONS)
-        compared = min(recipe.run.compare_rows, len(data.evaluation_examples))
-        console.out(f"{compared} held-out prompts answered before and after training, {len(shown)} of them:")
-        before_after_table(shown, console, before, after)
-    speed = metrics["train_tokens"] / max(metrics["train_runtime"], 1e-9)
-    what = "adapter" if recipe.model.adapter == "lora" else "model"
-    lines = [
-        f"trained in {clock(metrics['train_runtime'])}: {metrics['train_tokens']:,} tokens, {speed:,.0f} tokens/s"
-    ]
-    if "eval_loss" in metrics:
-        accuracy = metrics["eval_mean_token_accuracy"]
-        lines.append(f"held-out loss {metrics['eval_loss']:.3f}, token accuracy {accuracy:.1%}")
-    lines.append(f"{what + ':':12}{folder.path}")
-    if recipe.run.plot_loss:
-        lines.append(f"{'loss curve:':12}{folder.path / 'training_loss.png'}")
-    lines.append(f"{'log:':12}{folder.path / 'metrics.jsonl'}")
-    lines.append(f"{'next:':12}{own_command()} chat {folder.path}")
-    for line in lines:
-        console.out(line, highlight=False)
-
-
-def own_command() -> str:
-    """What to type for this program here: its name, or its path where the shell would not find the name."""
-    called = Path(sys.argv[0])
-    if called.name != "tunesmith":
-        return "python -m tunesmith"
-    return "tunesmith" if shutil.which("tunesmith") else os.path.relpath(called)
-
-
-def clock(seconds: float) -> str:
-    """1:05 for 65 seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+def finish(recipe: Recipe, data: Prepared, folder: Run, console: Console) -> dict[str, float]:
+    """Merge where that is asked for, say what came out, and return the figures."""
+    todo, figures = phases(recipe), folder.results()
+    if recipe.run.do_merge and todo.train and is_first_process():
+        merge(folder.path, folder.path / "merged")
+    kind = "adapter" if recipe.model.adapter == "lora" else "model"
+    show_results(folder.path, figures, todo, list(data.evaluation_examples), kind, console)
+    return figures
 
 
 @contextlib.contextmanager
@@ -374,106 +231,293 @@ def recorded(folder: Run) -> Iterator[None]:
     folder.write_status("completed")
 
 
+def tell(lines: Sequence[str], folder: Run | None, console: Console) -> None:
+    """Print lines, and keep them among the run's events."""
+    for line in lines:
+        if folder is not None:
+            folder.event("choice", line)
+        console.out(line, highlight=False)
+
+
+# ---- data --------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_of(recipe: Recipe, say: Callable[[str], None] | None = None) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer that the recipe's model brings, with the recipe's template."""
+    tokenizer = open_tokenizer(recipe.model, chat_template=recipe.training.get("chat_template"), say=say)
+    asked = {key: recipe.training[key] for key in ("eos_token", "pad_token") if recipe.training.get(key)}
+    return changed(tokenizer, asked) if asked else tokenizer
+
+
+def prepare_data(recipe: Recipe, tokenizer: Any, *, check: bool = True) -> Prepared:
+    """Load, mix, split, render and tokenize; DataError where nothing, or suspiciously little, would be trained."""
+    todo, train, report = phases(recipe), None, None
+    how = {"stage": recipe.run.stage, "text_field": option(recipe, "dataset_text_field"), "seed": seed_of(recipe)}
+    needs_answers = todo.train or todo.evaluate or recipe.run.stage == "rm"
+    if not todo.train:
+        found = collect(recipe.data, **how, held_out_only=True, answers_needed=needs_answers)
+    elif recipe.data.streaming:
+        found = stream(recipe.data, **how)
+        train, report = found.train, found.report
+    else:
+        found = collect(recipe.data, **how)
+        train, report = encode(recipe, found.train, tokenizer, found.report), found.report
+    evaluation = {}
+    for name, examples in found.evaluation.items() if needs_answers else ():
+        evaluation[name] = encode(recipe, examples, tokenizer, found.evaluation_reports[name])
+    if check:
+        encoded = [found.evaluation_reports[name] for name in evaluation]
+        for one in [report, *encoded] if todo.train and not recipe.data.streaming else encoded:
+            one.check(recipe.data.max_drop_ratio)
+    return Prepared(train, report, evaluation, found.evaluation_reports, found.evaluation)
+
+
+def encode(recipe: Recipe, examples: Sequence[Example], tokenizer: Any, report: Report) -> Any:
+    """Examples as tokens, the way the recipe says: rows of a text, or of two answers in stage rm."""
+    max_length = option(recipe, "max_length") or longest_text(recipe.model, training=phases(recipe).train)
+    names = ("too_long", "chat_template_kwargs", "max_source_length", "max_target_length")
+    how = {name: option(recipe, name) for name in names} | {"on_bad_row": recipe.data.on_bad_row}
+    if recipe.run.stage == "rm":
+        return encode_pairs(examples, tokenizer, report, max_length=max_length, **how)
+    if option(recipe, "packing") and max_length is not None:
+        max_length = length_before_packing(max_length, option(recipe, "packing_strategy"), option(recipe, "too_long"))
+    return encode_examples(
+        examples,
+        tokenizer,
+        report,
+        batch_size=option(recipe, "dataset_batch_size"),
+        num_proc=option(recipe, "dataset_num_proc"),
+        cache=cache_of(recipe.data.data_cache_dir, recipe.data.overwrite_cache),
+        train_on=option(recipe, "train_on"),
+        append_eos=option(recipe, "append_eos"),
+        max_length=max_length,
+        **how,
+    )
+
+
+def option(recipe: Recipe, name: str) -> Any:
+    """A training option: the recipe's, else the stage's, else the default."""
+    return training_options(recipe).get(name, getattr(TrainingFields, name))
+
+
+def training_options(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's training options over those of its stage; a resolved recipe gives them all."""
+    return {**STAGES[recipe.run.stage].defaults, **recipe.training}
+
+
+def seed_of(recipe: Recipe) -> int:
+    """The seed of everything that is drawn."""
+    return recipe.training.get("seed", DEFAULT_SEED)
+
+
+def uses_cpu(recipe: Recipe) -> bool:
+    """Whether a GPU is to be left alone."""
+    return bool(recipe.training.get("use_cpu"))
+
+
+def show_data(data: Prepared, tokenizer: Any, console: Console, rows: int = 0) -> None:
+    """The report of each set, and the first row's ids, or with `rows` real rows with the trained tokens marked."""
+    show_reports(data.report, data.evaluation_reports, console)
+    shown = next((part for part in (data.train, *data.evaluation.values()) if hasattr(part, "select")), None)
+    if shown is None or not len(shown):
+        return
+    if rows and "input_ids" in shown.column_names:
+        preview(list(shown.select(range(min(rows, len(shown))))), tokenizer, console, rows=rows)
+    else:
+        for line in first_row_lines(shown, tokenizer):
+            console.out(line, highlight=False)
+
+
+def report_json(data: Prepared) -> dict[str, Any]:
+    """The reports as data."""
+    held_out = {name: report.to_json() for name, report in data.evaluation_reports.items()}
+    train = None if data.report is None else data.report.to_json()
+    return {"train": train, "evaluation": held_out.get("", held_out) or None}
+
+
+# ---- model and trainer -------------------------------------------------------------------------------------------
+
+
+def build_trainer(
+    recipe: Recipe, tokenizer: Any, data: Prepared, metric: Any, folder: Run, console: Console
+) -> SFTTrainer | RewardTrainer:
+    """The stage's trainer around the model, with the run directory and the progress display listening."""
+    stage, said = STAGES[recipe.run.stage], []
+    args = trainer_arguments(recipe, folder)
+    model = trainable_model(recipe, tokenizer, said.append) if phases(recipe).train else None
+    if model is None:
+        model = usable_model(recipe, tokenizer, said.append)
+    elif is_first_process():
+        save_arguments(folder.path, recipe.model, model)
+    trainer = stage.trainer(
+        model, args, train_dataset=data.train, eval_dataset=data.evaluation_sets, processing_class=tokenizer
+    )
+    folder.save_json("training_args.json", args.to_dict())
+    tell([*said, *trainer.choices], folder, console)
+    if args.predict_with_generate:
+        trainer.decoding, trainer.text_metric = recipe.decoding, metric
+    use_progress(trainer, ProgressCallback(lambda: trainer.tokens_seen, console))
+    trainer.add_callback(RunLogCallback(folder, lambda: trainer.tokens_seen))
+    if recipe.run.sample_rows and data.held_out:
+        few = data.held_out[: recipe.run.sample_rows]
+        trainer.add_callback(SampleCallback(folder, few, tokenizer, decoding(recipe)))
+    return trainer
+
+
+def trainer_arguments(recipe: Recipe, folder: Run) -> SFTConfig:
+    """The training options as the stage's config."""
+    # transformers takes disable_tqdm from its log level, which the command line lowers
+    defaults = {"output_dir": str(folder.path), "seed": DEFAULT_SEED, "disable_tqdm": False}
+    if recipe.data.streaming:
+        defaults["dataset_kwargs"] = {"format": FINISHED, "on_bad_row": recipe.data.on_bad_row}
+    if recipe.run.stage == "rm":
+        defaults["reward_loss"] = recipe.run.reward_loss
+    try:
+        return STAGES[recipe.run.stage].config(**{**defaults, **training_options(recipe)})
+    except ConfigError:
+        raise
+    except ValueError as error:  # transformers checks combinations of its own
+        raise ConfigError(f"the training options contradict each other: {error}") from error
+
+
+def trainable_model(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> nn.Module:
+    """The base model with what the recipe trains of it."""
+    model = open_for_training(
+        recipe.model,
+        tokenizer,
+        seed=seed_of(recipe),
+        max_length=option(recipe, "max_length"),
+        use_cpu=uses_cpu(recipe),
+        say=say,
+    )
+    return with_value_head(recipe, model)
+
+
+def usable_model(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> nn.Module:
+    """The model for inference, on the fastest device."""
+    model = open_for_answers(recipe.model, use_cpu=uses_cpu(recipe), say=say)
+    check_vocabulary(model, tokenizer)
+    return with_value_head(recipe, model)
+
+
+def with_value_head(recipe: Recipe, model: nn.Module) -> nn.Module:
+    """In stage rm the model with the value head of the last folder that it comes from, if one lies there."""
+    folders = [str(recipe.model.model_name_or_path), *adapter_folders(recipe.model.checkpoint_dir)]
+    if recipe.run.stage != "rm" or not has_head(folders[-1]):
+        return model  # a trainer of rewards begins a new one
+    return RewardModel(model, read_head(folders[-1]))
+
+
+def decoding(recipe: Recipe) -> dict[str, Any]:
+    """How answers are written: the decoding options, with what transformers' options say of generation."""
+    names = ("generation_max_length", "generation_num_beams", "max_target_length")
+    return answer_decoding(recipe.decoding, **{name: recipe.training.get(name) for name in names})
+
+
+def written_metric(recipe: Recipe, data: Prepared) -> Any:
+    """What scores written answers; a name or a package that is missing is told here, before the model loads."""
+    default = "bleu_rouge" if recipe.training.get("predict_with_generate") else "exact_match"
+    return metrics_for(recipe.run.metrics, default, references=expected_texts(data.held_out))
+
+
+def answered(
+    recipe: Recipe,
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    path: Path,
+    metric: Any,
+    console: Console,
+) -> dict[str, float]:
+    """Answer the examples into a file, with a count on a terminal; returns the figures."""
+    with console.status(f"answering {len(examples)} prompts") as status:
+        return answer(
+            model,
+            tokenizer,
+            examples,
+            path,
+            decoding=decoding(recipe),
+            chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
+            metric=metric,
+            max_source_length=recipe.training.get("max_source_length"),
+            seed=seed_of(recipe),
+            progress=lambda done, total: status.update(f"answered {done} of {total} prompts"),
+        )
+
+
 # ---- look, score, answer, talk -----------------------------------------------------------------------------------
 
 
 def check(recipe: Recipe, rows: int = 3) -> Prepared:
     """Show what would be trained: rows kept, changed and dropped, lengths, and real rows, trained tokens marked."""
     console = Console()
+    tell(recipe.notes, None, console)
     tokenizer = tokenizer_of(recipe)
     data = prepare_data(recipe, tokenizer, check=False)
     show_data(data, tokenizer, console, rows)
-    data.report.check(recipe.data.max_drop_ratio)
-    if data.evaluation_report is not None:
-        data.evaluation_report.check(recipe.data.max_drop_ratio)
+    for report in (data.report, *data.evaluation_reports.values()):
+        if report is not None and not recipe.data.streaming:
+            report.check(recipe.data.max_drop_ratio)
     return data
-
-
-def show_data(data: Prepared, tokenizer: Any, console: Console, rows: int = 0) -> None:
-    """The report of each set, and a preview of the first rows."""
-    data.report.table(console)
-    if data.evaluation_report is not None:
-        console.out("held out:", highlight=False)
-        data.evaluation_report.table(console)
-    if rows:
-        preview(list(data.train.select(range(min(rows, len(data.train))))), tokenizer, console, rows=rows)
-
-
-def report_json(data: Prepared) -> dict[str, Any]:
-    """The reports as data."""
-    held_out = data.evaluation_report.to_json() if data.evaluation_report is not None else None
-    return {"train": data.report.to_json(), "evaluation": held_out}
 
 
 def evaluate(recipe: Recipe) -> dict[str, float]:
     """Loss, perplexity and token accuracy of a model on `eval_dataset`, per trained token."""
     console = Console()
-    examples, tokenizer = held_out_examples(recipe)
-    report = Report()
-    report.read = len(examples)
-    dataset = encode(recipe, examples, tokenizer, report)
-    report.check(recipe.data.max_drop_ratio)
-    report.table(console)
-    model = usable_model(recipe)
-    given = {key: recipe.training[key] for key in ("bf16", "use_cpu", "padding_free") if key in recipe.training}
-    size = recipe.training.get("per_device_eval_batch_size", 8)
+    recipe = only(recipe, do_eval=True)
+    tell(recipe.notes, None, console)
+    tokenizer = tokenizer_of(recipe)
+    data = prepare_data(recipe, tokenizer)
+    show_reports(None, data.evaluation_reports, console)
+    model = usable_model(recipe, tokenizer, lambda line: tell([line], None, console))
+    names = ("bf16", "use_cpu", "padding_free", "per_device_eval_batch_size")
+    given = {key: recipe.training[key] for key in names if key in recipe.training}
+    stage = STAGES[recipe.run.stage]
     with tempfile.TemporaryDirectory() as folder:  # the trainer makes its output folder whether it writes or not
-        args = SFTConfig(output_dir=folder, save_strategy="no", per_device_eval_batch_size=size, **given)
-        metrics = SFTTrainer(model, args, eval_dataset=dataset, processing_class=tokenizer).evaluate()
-    for name in ("loss", "perplexity", "mean_token_accuracy"):
-        console.out(f"{name.replace('_', ' '):16}{metrics[f'eval_{name}']:.4f}", highlight=False)
+        args = stage.config(output_dir=folder, save_strategy="no", **given)
+        trainer = stage.trainer(model, args, eval_dataset=data.evaluation_sets, processing_class=tokenizer)
+        metrics = trainer.evaluate()
+    for name, value in metrics.items():
+        if isinstance(value, float) and not name.endswith(("runtime", "per_second")):
+            console.out(f"{name.removeprefix('eval_').replace('_', ' '):16}{value:.4f}", highlight=False)
     return metrics
 
 
-def predict(recipe: Recipe, output: Path = Path("generated_predictions.jsonl")) -> dict[str, float]:
+def predict(recipe: Recipe, output: Path = Path(PREDICTIONS_FILE)) -> dict[str, float]:
     """Answer every prompt of `eval_dataset` into a JSON-lines file and score the answers."""
     console = Console()
-    examples, tokenizer = held_out_examples(recipe)
-    lookup(METRICS, recipe.run.metrics or "exact_match", "metric")  # before the model loads
-    model = usable_model(recipe)
-    metrics = answered(recipe, model, tokenizer, examples, output, console)
+    recipe = only(recipe, do_predict=True)
+    tell(recipe.notes, None, console)
+    tokenizer = tokenizer_of(recipe)
+    data = prepare_data(recipe, tokenizer)
+    metric = written_metric(recipe, data)
+    model = usable_model(recipe, tokenizer, lambda line: tell([line], None, console))
+    metrics = answered(recipe, model, tokenizer, data.held_out, output, metric, console)
     for name, value in metrics.items():
         console.out(f"{name.replace('_', ' '):20}{value:.2f}", highlight=False)
     console.out(f"{'answers':20}{output}", highlight=False)
     return metrics
 
 
+def only(recipe: Recipe, **phase: bool) -> Recipe:
+    """The recipe of a run directory for one phase alone; what was streamed there is read whole."""
+    switches = {"do_train": False, "do_eval": False, "do_predict": False, **phase}
+    data = dataclasses.replace(recipe.data, streaming=False)
+    return dataclasses.replace(recipe, data=data, training={**recipe.training, **switches})
+
+
 def chat(recipe: Recipe, system: str | None = None) -> None:
     """Talk to a model in the terminal."""
+    console = Console()
     tokenizer = tokenizer_of(recipe)
-    talk(
-        usable_model(recipe),
-        tokenizer,
-        system=system or recipe.data.system_prompt,
-        decoding=recipe.decoding,
-        console=Console(),
-    )
+    model = usable_model(recipe, tokenizer, lambda line: tell([line], None, console))
+    talk(model, tokenizer, system=system or system_prompt(recipe), decoding=recipe.decoding, console=console)
 
 
-def held_out_examples(recipe: Recipe) -> tuple[list[Example], Any]:
-    """The examples of `eval_dataset`, or of `dataset` where only that is given, and the tokenizer."""
-    tokenizer = tokenizer_of(recipe)
-    report = Report()
-    source = recipe.data.eval_dataset or recipe.data.dataset
-    if not source:
-        raise ConfigError("eval_dataset is missing. Name the file with the held-out examples: --eval_dataset FILE.")
-    return examples_of(recipe, load_source(recipe, source, report), report), tokenizer
-
-
-def usable_model(recipe: Recipe) -> nn.Module:
-    """The model for inference, on the fastest device, in the checkpoint's own precision where the device has it."""
-    options = recipe.model
-    on_gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu")
-    dtype = options.dtype if options.dtype != "auto" else "auto" if on_gpu else "float32"
-    model = load_any(
-        options.model_name_or_path,
-        dtype=dtype,
-        attn_implementation=options.attn_implementation,
-        gguf_file=options.gguf_file,
-        **quantization_options(options, use_cpu=not on_gpu),
-        **hub_options(recipe),
-    )
-    return model.eval() if is_quantized(model) else model.to("cuda" if on_gpu else "cpu").eval()
+def system_prompt(recipe: Recipe) -> str | None:
+    """The system message to talk with: the recipe's, if it has one for all datasets."""
+    prompt = recipe.data.system_prompt
+    return prompt if isinstance(prompt, str) else None
 
 
 def env() -> dict[str, str]:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tunesmith.data.report import Report
 from tunesmith.evaluate.predict import Comparison, before_after_table
+from tunesmith.recipe import Phases
 
 # Figures of the last lines: key, what it is called, how it is written.
 FIGURES = (
@@ -44,26 +45,26 @@ def show_answers(
 
 
 def show_results(
-    folder: Path, figures: Mapping[str, Any], phases: Sequence[str], sets: Sequence[str], kind: str, console: Console
+    folder: Path, figures: Mapping[str, Any], phases: Phases, sets: Sequence[str], kind: str, console: Console
 ) -> None:
     """The end of the output: figures, where everything lies, what to type next.
 
     Args:
         folder: the run directory.
         figures: as in `all_results.json`.
-        phases: of train, eval, predict those that ran.
+        phases: those that ran.
         sets: names of the evaluation sets; "" is the only one.
         kind: "adapter" or "model": what was trained.
     """
-    lines = [training_line(figures)] if "train" in phases else []
+    lines = [training_line(figures)] if phases.train else []
     lines += figure_lines(figures, "eval", sets) + figure_lines(figures, "predict", [""])
-    if "train" in phases:
+    if phases.train:
         lines.append(f"{kind + ':':12}{folder}")
     lines += [f"{'loss curve:':12}{folder / name}" for name in ("training_loss.png",) if (folder / name).is_file()]
-    if "predict" in phases:
+    if phases.predict:
         lines.append(f"{'answers:':12}{folder / 'generated_predictions.jsonl'}")
     lines.append(f"{'figures:':12}{folder / 'all_results.json'}")
-    if "train" in phases:
+    if phases.train:
         lines.append(f"{'next:':12}{own_command()} chat {folder}")
     for line in lines:
         console.out(line, highlight=False)

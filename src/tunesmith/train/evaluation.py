@@ -76,12 +76,23 @@ class EvaluatingTrainer(TokenTrainer):
         """Inside, batches are padded rows, unless the caller brought a collator."""
         before = self.data_collator
         if self._own_batches:
-            pad = getattr(self.processing_class, "pad_token_id", None)
-            self.data_collator = PaddedCollator(0 if pad is None else pad, self.args.pad_to_multiple_of)
+            self.data_collator = self._padding_collator()
         try:
             yield
         finally:
             self.data_collator = before
+
+    def _padding_collator(self) -> PaddedCollator:
+        """One row for each document, padded as the options say."""
+        args, pad = self.args, getattr(self.processing_class, "pad_token_id", None)
+        if pad is None and not args.ignore_pad_token_for_loss:
+            raise ConfigError(
+                "ignore_pad_token_for_loss: false trains the padding, and the tokenizer has no padding token. Set "
+                "pad_token, or leave the option out."
+            )
+        return PaddedCollator(
+            0 if pad is None else pad, args.pad_to_multiple_of, args.padding_side, args.ignore_pad_token_for_loss
+        )
 
     def evaluation_loop(
         self,

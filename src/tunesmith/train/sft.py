@@ -31,7 +31,7 @@ from tunesmith.train.arguments import (
 )
 from tunesmith.train.batching import EpochSampler
 from tunesmith.train.choose import keeps_masters, settled
-from tunesmith.train.collate import FlatCollator, LocatedCollator, PaddedCollator
+from tunesmith.train.collate import FlatCollator, LocatedCollator
 from tunesmith.train.completion_only import DataCollatorForCompletionOnlyLM, LabelsForReport
 from tunesmith.train.datasets import prepared, prepared_mixture
 from tunesmith.train.generation import GeneratingTrainer
@@ -224,8 +224,7 @@ class SFTTrainer(GeneratingTrainer):
         """Find out how this model may be fed, set the collator, and say what was chosen."""
         support = self._asked(self._measured())
         if self._own_batches and support.layout == "padded":
-            pad = getattr(self.tokenizer, "pad_token_id", None)
-            self.data_collator = PaddedCollator(0 if pad is None else pad, self.args.pad_to_multiple_of)
+            self.data_collator = self._padding_collator()
         elif self._own_batches:
             self.data_collator = FlatCollator(support.layout == "documents", self.args.pad_to_multiple_of)
         self._attention_configs = attention_configs(self.model) if support.layout == "documents" else []
@@ -249,6 +248,8 @@ class SFTTrainer(GeneratingTrainer):
             raise ConfigError(f"padding_free: this model does not keep documents apart ({support.why}). Leave it out.")
         if self.args.padding_free is False or not self._own_batches:
             return support._replace(layout="padded")
+        if not self.args.ignore_pad_token_for_loss:
+            return support._replace(layout="padded", why="ignore_pad_token_for_loss: false trains the padding")
         if self.has_own_loss and self.args.padding_free is None and not self.args.packing:
             return support._replace(layout="padded", why="a loss of one's own may count on a row for each example")
         return support
