@@ -24,6 +24,7 @@ from tunesmith.data.normalize import Example, find_overlap
 from tunesmith.data.pack import length_before_packing
 from tunesmith.data.prepare import encode_examples, read_examples
 from tunesmith.data.report import Report, preview
+from tunesmith.data.templates import use_template
 from tunesmith.deliver.chat import chat as talk
 from tunesmith.deliver.merge import merge
 from tunesmith.errors import CheckpointError, ConfigError
@@ -121,13 +122,12 @@ def tokenizer_of(recipe: Recipe) -> transformers.PreTrainedTokenizerBase:
     if recipe.model.model_name_or_path is None:
         raise ConfigError("model_name_or_path is missing. Name a model folder or a Hub id.")
     tokenizer = load_tokenizer(
-        recipe.model.model_name_or_path,
-        chat_template=recipe.training.get("chat_template"),
-        gguf_file=recipe.model.gguf_file,
-        **hub_options(recipe),
+        recipe.model.model_name_or_path, gguf_file=recipe.model.gguf_file, **hub_options(recipe)
     )
     asked = {key: recipe.training[key] for key in ("eos_token", "pad_token") if recipe.training.get(key)}
-    return changed(tokenizer, asked) if asked else tokenizer
+    if recipe.training.get("chat_template"):
+        tokenizer = use_template(changed(tokenizer, asked), recipe.training["chat_template"])
+    return changed(tokenizer, asked)
 
 
 def hub_options(recipe: Recipe) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import os
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -38,6 +38,8 @@ class Encoding:
     """Of plain text: what the tokenizer puts around every text, such as BOS."""
     label_with: Callable[[list[int]], list[int]] | None = None
     """Ids → labels, in place of those that `train_on` gives."""
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    """Variables of the template; an example's own win."""
 
     def render(self, example: Example, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
         """`render.render` with these options."""
@@ -47,6 +49,7 @@ class Encoding:
             train_on=self.train_on,
             append_eos=self.append_eos,
             add_special_tokens=self.add_special_tokens,
+            chat_template_kwargs=self.chat_template_kwargs,
         )
 
 
@@ -69,13 +72,16 @@ def encode_batch(
         that is too long under `too_long="error"`.
     """
     kept = []
-    for index, tokens, is_split in _tokenized(examples, tokenizer, how, report):
+    for index, tokens, is_split, left_out in _tokenized(examples, tokenizer, how, report):
         fitted = fit(examples[index], tokens, tokenizer, how, report)
         if fitted is not None:
             kept.append(Encoded(index, fitted))
             if is_split:
                 what = "the answer's first token is not merged with the prompt's last"
                 report.changed("split-at-boundary", examples[index], what)
+            if left_out:
+                what = f"{left_out} earlier turns, which the template does not write"
+                report.changed("history-left-out", examples[index], what)
     report.add_tokens(tokens for _, tokens in kept)
     report.kept += len(kept)
     return kept
@@ -83,8 +89,11 @@ def encode_batch(
 
 def _tokenized(
     examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", how: Encoding, report: Report
-) -> Iterator[tuple[int, Tokens, bool]]:
-    """Each example's index and tokens, and whether its answer was encoded apart; bad ones raise or are counted."""
+) -> Iterator[tuple[int, Tokens, bool, int]]:
+    """Each example's index and tokens, whether its answer was encoded apart, and how many turns its template left out.
+
+    Bad ones raise or are counted.
+    """
     rendered: list[tuple[int, Rendered]] = []
     for index, example in enumerate(examples):
         try:
@@ -104,9 +113,9 @@ def _tokenized(
         report.dropped(error.reason, example, str(error))
 
     tokens = tokenize([row for _, row in rendered], tokenizer, lambda number, _: split.add(number), on_error)
-    for number, (index, _) in enumerate(rendered):
+    for number, (index, row) in enumerate(rendered):
         if number not in failed:
-            yield index, tokens[number], number in split
+            yield index, tokens[number], number in split, row.left_out
 
 
 def fit(

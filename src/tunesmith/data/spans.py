@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PROBE = "\ue001"  # an answer that no person gives
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _HEADERS: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer → template and its variables → header
+_STOPS: WeakKeyDictionary = WeakKeyDictionary()  # likewise → whether it writes a stop token
 
 
 class Span(NamedTuple):
@@ -162,10 +163,36 @@ def _generation_spans(
             f"the template marks {len(ranges)} parts with {{% generation %}} for {len(assistant)} assistant turns, so "
             "single turns cannot be chosen. Set train_on: assistant and remove train/weight from the messages"
         )
-    spans = []
+    spans, writes_stop = [], _writes_stop(chat, controls)
     for (start, end), weight in zip(ranges, weights):
         end = _after_stop(full, start, end, controls)
-        if not full[start:end].endswith(controls):
+        if writes_stop and not full[start:end].endswith(controls):
             end += len(next((token for token in controls if full.startswith(token, end)), ""))
         spans.append(Span(start, end, weight))
     return spans
+
+
+def _writes_stop(chat: Chat, controls: tuple[str, ...]) -> bool:
+    """Whether the control token behind an answer ends it, and does not just begin the next question (Baichuan's)."""
+    stops = _STOPS.setdefault(chat.tokenizer, {})
+    key = (chat.template, repr(chat.kwargs))
+    if key not in stops:
+        answer = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+        try:
+            behind = replace(chat, tools=None).text(answer).rpartition(PROBE)[2]
+        except TemplateError:  # a template with demands of its own; the row itself will tell
+            return True
+        stops[key] = behind.lstrip().startswith(controls)
+    return stops[key]
+
+
+def unwritten_stops(full: str, spans: Sequence[Span], controls: tuple[str, ...]) -> list[tuple[int, float]]:
+    """Ends and weights of answers that other text follows without a stop token.
+
+    As if each were the last of its conversation: there, eos is put behind it.
+    """
+    return [
+        (span.end, span.weight)
+        for span in spans
+        if span.end < len(full) and not full[span.start : span.end].rstrip().endswith(controls)
+    ]

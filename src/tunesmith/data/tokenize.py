@@ -28,7 +28,8 @@ class Tokens(TypedDict, total=False):
 
     input_ids: list[int]
     labels: list[int]
-    """The id where the token is trained, IGNORE_INDEX elsewhere. Not shifted."""
+    """The id where the token is trained, IGNORE_INDEX elsewhere. Not shifted. Behind an answer that the template ends
+    with no stop token stands the stop token's id, whatever the text goes on with."""
     weights: list[float]
     """Factor of each token's loss; the key is there only if some trained span has a weight other than 1."""
 
@@ -73,6 +74,7 @@ def tokenize(
                     if on_change:
                         on_change(index, "split-at-boundary")
                 tokens = _label(encoded, row.spans)
+                _stop(tokens, encoded.starts, row, tokenizer)
             tokens = _begun(tokens, prefix) if row.add_bos else tokens
             results.append(_ended(tokens, suffix) if row.add_suffix else tokens)
         except RowError as error:
@@ -104,6 +106,16 @@ def _label(encoded: _Encoded, spans: Sequence[Span]) -> Tokens:
         if "weights" in tokens:
             tokens["weights"][first:stop] = [span.weight] * (stop - first)
     return tokens
+
+
+def _stop(tokens: Tokens, starts: list[int], row: Rendered, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Label the token behind an answer as the stop token, where the text has none there."""
+    for edge, weight in row.stops:
+        at = bisect_left(starts, edge)
+        if tokens["labels"][at] == IGNORE_INDEX:
+            tokens["labels"][at] = tokenizer.eos_token_id
+            if "weights" in tokens:
+                tokens["weights"][at] = weight
 
 
 def _straddled(encoded: _Encoded, spans: Sequence[Span], control_ids: set[int]) -> list[int]:
@@ -238,7 +250,7 @@ def _by_prefixes(row: Rendered, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
 
     ids = encode(row.text)
     counts = {}
-    for edge in {edge for span in (*row.spans, *row.literal) for edge in span[:2]}:
+    for edge in {edge for span in (*row.spans, *row.literal) for edge in span[:2]} | {edge for edge, _ in row.stops}:
         prefix = encode(row.text[:edge])
         if row.literal or ids[: len(prefix)] != prefix:
             raise RowError(
@@ -248,7 +260,10 @@ def _by_prefixes(row: Rendered, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
             )
         counts[edge] = len(prefix)
     spans = [Span(counts[span.start], counts[span.end], span.weight) for span in row.spans]
-    return _label(_Encoded(ids, list(range(len(ids))), []), spans)
+    places = list(range(len(ids)))
+    tokens = _label(_Encoded(ids, places, []), spans)
+    _stop(tokens, places, row._replace(stops=[(counts[edge], weight) for edge, weight in row.stops]), tokenizer)
+    return tokens
 
 
 def added_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
