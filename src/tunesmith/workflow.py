@@ -205,6 +205,7 @@ def encode(recipe: Recipe, examples: Sequence[Example], tokenizer: Any, report: 
         train_on=option("train_on"),
         too_long=option("too_long"),
         append_eos=option("append_eos"),
+        chat_template_kwargs=option("chat_template_kwargs"),
         max_length=max_length,
         on_bad_row=recipe.data.on_bad_row,
     )

@@ -357,6 +357,54 @@ def test_ids_before_an_answer_are_those_of_its_prompt_and_trained_is_the_answer_
     assert trained.count(tokenizer.eos_token_id) == len(answers)  # what a person wrote is no stop token
 
 
+MAKERS = {
+    "bpe": lambda: tiny.make_bpe_tokenizer("mistral"),
+    "sentencepiece": tiny.make_sentencepiece_like_tokenizer,
+    "sentencepiece-first": lambda: tiny.make_sentencepiece_like_tokenizer(prefix="first"),
+}
+
+
+# workflow: T1 T3
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_prompts_are_beginnings_of_training_for_tokenizers_that_merge_and_add_spaces(name, maker):
+    tokenizer = MAKERS[maker]()
+    tokenizer.chat_template = None
+    tokenizer.add_tokens(list(TEMPLATES[name].tokens), special_tokens=True)
+    tokenizer = use_template(tokenizer, name)
+    for answer in ("yes", " the answer is 42\n", "\n\n", "sop"):
+        messages = as_messages(None, [("hello there,", "the answer"), (" how are you?\n", answer)])
+        (tokens,) = tokenize([render({"messages": messages}, tokenizer, **options_of(name))], tokenizer)
+        (prompt,) = tokenize([render_prompt(messages[:-1], tokenizer)], tokenizer)
+        length = len(prompt["input_ids"])
+        assert (tokens["input_ids"][:length], tokens["labels"][length - 1]) == (prompt["input_ids"], IGNORE_INDEX)
+        assert tokens["labels"][length] == tokens["input_ids"][length]
+        assert tokens["labels"].count(tokenizer.eos_token_id) == len(turns_of(name))
+
+
+PLAIN = (  # no control token stands between a header and its answer, which may begin with the same token's rest
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last_turn", "all"])
+@pytest.mark.parametrize("template", [PLAIN, TEMPLATES["default"].jinja])
+def test_the_history_has_the_same_tokens_in_a_prompt_however_its_turns_were_trained(template, train_on):
+    tokenizer = tiny.make_bpe_tokenizer("mistral")
+    messages = as_messages(None, [("hello", "the answer"), ("how are you?", "the answer is 42")])
+    row = render({"messages": messages}, tokenizer, chat_template=template, train_on=train_on)
+    prompt = render_prompt(messages[:-1], tokenizer, chat_template=template)
+    (tokens,), (asked,) = tokenize([row], tokenizer), tokenize([prompt], tokenizer)
+    assert tokens["input_ids"][: len(asked["input_ids"])] == asked["input_ids"]
+    assert "".join(tokenizer.batch_decode([[i] for i in asked["input_ids"]])) == prompt.text
+
+
+def turns_of(name: str) -> range:
+    """One for each answer that is trained, of two."""
+    return range(1 if name in ("vanilla", "qwen3") else 2)
+
+
 def written(name: str, answer: str) -> str:
     """What a template makes of an answer, but for its end."""
     answer = answer.strip() if TEMPLATES[name].trim else answer

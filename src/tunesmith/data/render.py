@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from tunesmith.data.chat_template import Chat, place_of, refusal
 from tunesmith.data.formats import INSTRUCTING
 from tunesmith.data.rows import RowError
-from tunesmith.data.spans import Span, prompt_text, trained_turns, turn_spans, unwritten_stops
+from tunesmith.data.spans import Span, prompt_text, trained_turns, turn_spans, untrained_spans, unwritten_stops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +45,8 @@ class Rendered(NamedTuple):
     stops: Sequence[tuple[int, float]] = ()
     """Where an answer ends although the template writes no stop token there, and the answer's weight: the model has
     to write the stop token in place of what follows."""
+    untrained: Sequence[Span] = ()
+    """Other answers: no token reaches over their edges, in training and in prompts alike."""
     left_out: int = 0
     """Earlier turns that the template does not write."""
 
@@ -121,10 +123,10 @@ def render_prompt(
     masked_messages = hidden(plain)
     full = prompt_text(masked, masked_messages)
     _check_written(masked, masked_messages, {}, full)
-    if not hidden.found:
-        return Rendered(full, [], left_out=left_out)
-    text = prompt_text(chat, plain)
-    return Rendered(text, [], _literal_ranges(text, full, where), left_out=left_out)
+    answers = untrained_spans(masked, masked_messages, full, control_tokens(tokenizer))
+    text = prompt_text(chat, plain) if hidden.found else full
+    literal = _literal_ranges(text, full, where) if hidden.found else ()
+    return Rendered(text, [], literal, untrained=answers, left_out=left_out)
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
@@ -194,17 +196,21 @@ def _render_chat(chat: Chat, messages: list["Message"], train_on: str, first: in
     _check_written(masked, masked_messages, turns, full)
     text = chat.text(plain) if hidden.found else full
     literal = _literal_ranges(text, full, chat.where) if hidden.found else ()
+    if turns:
+        answers = turn_spans(masked, masked_messages, turns, full, controls)
+    else:
+        answers = untrained_spans(masked, masked_messages, full, controls)
+    spans = [span for span in answers if span.weight > 0]
     if train_on == "all":
         begin = len(bos) if (bos := chat.tokenizer.bos_token) and full.startswith(bos) else 0
         spans = [Span(begin, len(full))]
-    else:
-        spans = turn_spans(masked, masked_messages, turns, full, controls)
     is_last_trained = train_on == "all" or len(messages) - 1 in turns
     if spans and is_last_trained and plain[-1]["role"] == "assistant":
         text, spans = _with_stop(text, full, spans, controls, chat)
-    spans = [span for span in spans if span.weight > 0]
     stops = [] if train_on == "all" else unwritten_stops(full, spans, controls)
-    return Rendered(text, [s for s in spans if s.start < s.end], literal, stops=stops, left_out=left_out)
+    spans = [span for span in spans if span.start < span.end]
+    untrained = [span for span in answers if span.weight == 0]
+    return Rendered(text, spans, literal, stops=stops, untrained=untrained, left_out=left_out)
 
 
 def _check_written(chat: Chat, messages: list[dict], turns: Mapping[int, float], full: str) -> None:

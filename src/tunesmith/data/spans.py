@@ -6,6 +6,7 @@ An answer begins where its prompt ends: `prompt_text` is the same for training a
 import math
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
@@ -77,10 +78,29 @@ def _weight(message: "Message", index: int, where: str) -> float:
 def turn_spans(
     chat: Chat, messages: list[dict], turns: dict[int, float], full: str, controls: tuple[str, ...]
 ) -> list[Span]:
-    """Where the trained turns' answers stand in `full`; control tokens in it must all be the template's own."""
+    """Where the answers stand in `full`, those that are not in `turns` with weight 0.
+
+    Control tokens in `full` must all be the template's own. An answer that is not trained may be missing.
+    """
     if GENERATION_TAG.search(chat.template):
         return _generation_spans(chat, messages, turns, full, controls)
-    return [_turn_span(chat, messages, i, full, turns[i], controls) for i in turns]
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            with nullcontext() if i in turns else suppress(TemplateError):
+                spans.append(_turn_span(chat, messages, i, full, turns.get(i, 0.0), controls))
+    return spans
+
+
+def untrained_spans(chat: Chat, messages: list[dict], text: str, controls: tuple[str, ...]) -> list[Span]:
+    """Where the answers stand in a text of which none is trained by itself, such as a prompt; all have weight 0."""
+    if not any(message["role"] == "assistant" for message in messages):
+        return []
+    try:
+        full = chat.text(messages)
+        return turn_spans(chat, messages, {}, full, controls) if text.startswith(full) else []
+    except TemplateError:  # e.g. tags around several turns
+        return []
 
 
 def prompt_text(chat: Chat, messages: list[dict]) -> str:

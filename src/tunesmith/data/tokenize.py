@@ -68,7 +68,8 @@ def tokenize(
                 tokens = _by_prefixes(row, tokenizer)
             else:
                 encoded = encoder.encode_pieces(row, []) if row.literal else next(straight)
-                cuts = _straddled(encoded, row.spans, encoder.control_ids) + encoder.read_ahead(row, encoded)
+                answers = [*row.spans, *row.untrained]
+                cuts = _straddled(encoded, answers, encoder.control_ids) + encoder.read_ahead(row, answers, encoded)
                 if cuts:
                     encoded = encoder.encode_pieces(row, cuts)
                     if on_change:
@@ -187,12 +188,12 @@ class _Encoder:
             raise _no_clean_split(row.text, cuts[0])
         return whole
 
-    def read_ahead(self, row: Rendered, encoded: _Encoded) -> list[int]:
+    def read_ahead(self, row: Rendered, answers: Sequence[Span], encoded: _Encoded) -> list[int]:
         """Starts of spans before which the tokens are others than those of the same text without a continuation.
 
         GPT-2's pattern splits white space by what follows: two line breaks are one token, or two before a letter.
         """
-        return [span.start for span in row.spans if span.start > 0 and self._reads_ahead(row, encoded, span.start)]
+        return [span.start for span in answers if span.start > 0 and self._reads_ahead(row, encoded, span.start)]
 
     def _reads_ahead(self, row: Rendered, encoded: _Encoded, edge: int) -> bool:
         stop = bisect_left(encoded.starts, edge)
