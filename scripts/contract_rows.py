@@ -65,15 +65,19 @@ def find_claims(folder: Path, word: str) -> Claims:
         name = path.relative_to(folder).as_posix()
         text = path.read_text(encoding="utf-8")
         starts = dict(test_starts(ast.parse(text)))
-        for number, line in enumerate(text.splitlines(), 1):
+        lines = text.splitlines()
+        for number, line in enumerate(lines, 1):
             match = re.match(rf"\s*# {re.escape(word)}:((?: [A-Z]+[0-9]+)+)\s*$", line)
             if match is None:
                 continue
-            if number + 1 not in starts:
+            below = number + 1
+            while below <= len(lines) and lines[below - 1].lstrip().startswith("#"):  # of another contract
+                below += 1
+            if below not in starts:
                 claims.stray.append(f"{name}:{number}")
                 continue
             for row in match[1].split():
-                claims.tests.setdefault(row, []).append(f"{name}::{starts[number + 1]}")
+                claims.tests.setdefault(row, []).append(f"{name}::{starts[below]}")
     return claims
 
 

@@ -75,8 +75,8 @@ class RunConfig:
     compare_rows: Annotated[int, Ge(0)] = 0
     """Held-out rows answered before and after training, shown side by side with `metrics`. 0: none."""
     metrics: str | list[str] | None = None
-    """Names in `METRICS` or `file.py:function`, computed over written answers. `None`: `exact_match` for compared
-    rows, BLEU-4 and ROUGE (`bleu_rouge`) with `predict_with_generate`."""
+    """Names in `METRICS` or `file.py:function`, several as a list or comma-separated, computed over written answers.
+    `None`: `exact_match` for compared rows, BLEU-4 and ROUGE (`bleu_rouge`) with `predict_with_generate`."""
     sample_rows: Annotated[int, Ge(0)] = 0
     """Held-out rows answered at every evaluation, into `samples.jsonl`. 0: none."""
     do_merge: bool = False
@@ -125,10 +125,11 @@ class ModelFields(BaseModelFields):
 
     cache_dir: str | None = None
     """Folder for downloaded models. `None`: the Hub's own."""
-    hf_token: str | None = None
+    hf_token: str | None = field(default=None, repr=False)
     """Access token for gated models; never written to a file. `None`: that of `hf auth login`, or `HF_TOKEN`."""
     use_fast_tokenizer: bool = True
-    """Take the tokenizer written in Rust. The others give no offsets, and are slow."""
+    """Kept for older recipes: transformers 5 takes the tokenizer written in Rust wherever there is one, and false is
+    said aloud."""
     checkpoint_dir: str | list[str] | None = None
     """Where training starts in place of the base's weights: adapter folders, comma-separated, for `lora`; one folder
     of whole weights for `full` and `freeze`."""
@@ -136,7 +137,8 @@ class ModelFields(BaseModelFields):
     """The last adapter of `checkpoint_dir` goes on training. Otherwise all are merged and a new one begins."""
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = None
     """Stretch the positions of a model to texts longer than it was made for: linear (arXiv:2306.15595), dynamic,
-    yarn (arXiv:2309.00071) or llama3."""
+    yarn (arXiv:2309.00071) or llama3. A model that is scaled already stays as it is; `dynamic` makes the texts of a
+    batch depend on each other."""
     rope_factor: Annotated[float, Ge(1)] | None = None
     """How far `rope_scaling` stretches. `None`: to `max_length` in training; 2 for a model that only answers."""
     upcast_layernorm: bool = False
@@ -157,7 +159,7 @@ class ModelFields(BaseModelFields):
     freeze_trainable_layers: int = 2
     """With `adapter: freeze`: layers that train; n > 0 the last n, n < 0 the first n."""
     freeze_trainable_modules: list[str] | None = None
-    """With `adapter: freeze`: parts of those layers that train, e.g. `[mlp]`. `None`: all parts."""
+    """With `adapter: freeze`: parts of those layers that train, e.g. `[mlp]`, `[self_attn]`; `all`, or `None`: all."""
 
 
 @dataclass
@@ -332,7 +334,8 @@ class DecodingConfig:
     """How answers are generated."""
 
     max_new_tokens: Annotated[int, Ge(1)] | None = None
-    """Longest answer, in tokens. `None`: `generation_max_length`, then `max_target_length`, then 256."""
+    """Longest answer, in tokens. `None`: `generation_max_length`, then `max_target_length`, then 256. All
+    count new tokens."""
     do_sample: bool = False
     """Draw from the distribution in place of taking the likeliest token."""
     temperature: Annotated[float, Gt(0)] = 1.0
@@ -346,7 +349,7 @@ class DecodingConfig:
     eval_num_beams: Annotated[int, Ge(1)] | None = None
     """Beams of evaluation and prediction. `None`: `generation_num_beams`, then `num_beams`."""
     length_penalty: float = 1.0
-    """Above 0 beam search likes long answers, below 0 short ones."""
+    """Above 0 beam search likes long answers, below 0 short ones. Only with beams."""
     repetition_penalty: Annotated[float, Gt(0)] = 1.0
     """Divides the logits of tokens already written. 1: none."""
     generation_batch_size: Annotated[int, Ge(1)] = 16

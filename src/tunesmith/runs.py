@@ -31,6 +31,7 @@ State = Literal["preparing", "running", "completed", "failed", "interrupted"]
 STATUS_FILE = "status.json"
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
+ALL_RESULTS_FILE = "all_results.json"
 RECIPE_FILE = "recipe.yaml"
 RECIPE_HEADER = "# Written by tunesmith: every option of this run as it was resolved.\n"
 
@@ -85,6 +86,11 @@ def _refuse_to_replace(path: Path, found: list[str], overwrite: bool) -> None:
             f"output_dir: {path} is the folder you work in, so --overwrite_output_dir does not delete it. "
             "Choose another --output_dir."
         )
+    refuse_if_going(path)
+
+
+def refuse_if_going(path: Path) -> None:
+    """Raise ConfigError where another process is still writing the run in `path`."""
     status = read_status(path) or {}
     is_going = status.get("state") in ("preparing", "running") and status.get("pid") != os.getpid()
     if is_going and _process_exists(status):
@@ -144,10 +150,12 @@ class Run:
 
     Args:
         path: a folder from `prepare_output_dir`, or one that holds a run to be continued.
+        writes: false on every rank but the first, whose calls then do nothing.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, writes: bool = True) -> None:
         self.path = Path(path)
+        self.writes = writes
         self._status: dict[str, Any] = {
             "state": "preparing",
             "reason": None,
@@ -165,20 +173,34 @@ class Run:
 
     def log_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl. Times are left out, so that a repeated run can be compared by its loss."""
-        append_line(self.path / METRICS_FILE, metrics)
+        if self.writes:
+            append_line(self.path / METRICS_FILE, metrics)
 
     def event(self, kind: str, message: str) -> None:
         """Append one line to events.jsonl, e.g. `event("warning", "3 rows are longer than max_length")`."""
-        append_line(self.path / EVENTS_FILE, {"time": _now(), "kind": kind, "message": message})
+        if self.writes:
+            append_line(self.path / EVENTS_FILE, {"time": _now(), "kind": kind, "message": message})
 
     def save_json(self, name: str, value: Any) -> Path:
         """Write `name` whole; a crash leaves the old file or the new one."""
-        return write_text(self.path / name, to_json(value, indent=2) + "\n")
+        return self._write(name, to_json(value, indent=2) + "\n")
+
+    def save_results(self, phase: str, figures: Mapping[str, Any]) -> None:
+        """Write the figures of a phase (train, eval, predict), and add them to those of the phases before.
+
+        train_results.json, eval_results.json, predict_results.json     one phase each
+        all_results.json                                                 all of them
+        """
+        self.save_json(f"{phase}_results.json", figures)
+        self.save_json(ALL_RESULTS_FILE, (_read_json(self.path / ALL_RESULTS_FILE) or {}) | dict(figures))
 
     def save_recipe(self, options: Mapping[str, Any]) -> Path:
         """Write the resolved recipe in the order given, as `recipe.yaml`."""
         body = yaml.safe_dump(redact(_plain(options)), sort_keys=False, allow_unicode=True, width=119)
-        return write_text(self.path / RECIPE_FILE, RECIPE_HEADER + body)
+        return self._write(RECIPE_FILE, RECIPE_HEADER + body)
+
+    def _write(self, name: str, text: str) -> Path:
+        return write_text(self.path / name, text) if self.writes else self.path / name
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -38,7 +38,8 @@ from tunesmith.model.load import adapter_base, load_any, load_tokenizer, model_m
 from tunesmith.model.quantize import is_quantized, quantization_options
 from tunesmith.recipe import Recipe, load_recipe, resolved
 from tunesmith.runs import Run, prepare_output_dir
-from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, SampleCallback, plot_loss, use_progress
+from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, SampleCallback, use_progress
+from tunesmith.train.curves import plot_curves
 from tunesmith.train.options import SFTConfig
 from tunesmith.train.processing import changed
 from tunesmith.train.sft import SFTTrainer
@@ -307,7 +308,7 @@ def finish(recipe: Recipe, trainer: SFTTrainer, folder: Run, metrics: dict[str, 
     trainer.save_state()
     folder.save_json("all_results.json", metrics)
     if recipe.run.plot_loss:
-        plot_loss(trainer.state.log_history, folder.path / "training_loss.png", title=f"Loss of {folder.path.name}")
+        plot_curves(trainer.state.log_history, folder.path, title=f"Loss of {folder.path.name}")
     return metrics
 
 

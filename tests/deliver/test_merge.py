@@ -57,6 +57,7 @@ def logits(model):
         return model.eval().float()(IDS).logits
 
 
+# workflow: W7
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
     "options",
@@ -95,6 +96,7 @@ def test_a_merged_folder_is_a_whole_model_without_pickles(tmp_path, tiny_model, 
     assert quiet.file.getvalue().count("\n") == 1
 
 
+# workflow: W7
 def test_the_adapters_own_tokenizer_and_template_are_taken(tmp_path, tiny_model, byte_tokenizer, quiet):
     base = make_base(tmp_path / "base", tiny_model, byte_tokenizer)
     adapter = make_adapter(tmp_path / "adapter", base)
@@ -129,7 +131,7 @@ def test_a_dtype_can_be_asked_for(tmp_path, tiny_model, byte_tokenizer, quiet):
 def test_a_merge_that_changes_the_answers_leaves_nothing(tmp_path, tiny_model, byte_tokenizer, quiet, monkeypatch):
     base = make_base(tmp_path / "base", tiny_model, byte_tokenizer)
     adapter = make_adapter(tmp_path / "adapter", base)
-    monkeypatch.setattr(merging, "_merge_weights", lambda model: model.unload())
+    monkeypatch.setattr(merging, "merged", lambda model: model.unload())
     with pytest.raises(ModelError, match="answers differently from base and adapter: logits differ by"):
         merge(adapter, tmp_path / "merged", console=quiet)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter", "base"]
@@ -195,5 +197,56 @@ def test_what_is_not_an_adapter_is_said(tmp_path, tiny_model, byte_tokenizer, qu
         merge(base, tmp_path / "merged", console=quiet)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="does not say which model"):
+    with pytest.raises(ModelError, match=r"base_model_name_or_path is missing, .* --base"):
         merge(tmp_path / "empty", tmp_path / "merged", console=quiet)
+
+
+# ---- several adapters, and the shape of the folder
+
+
+# workflow: W7
+def test_several_adapters_are_merged_in_their_order(tmp_path, tiny_model, byte_tokenizer, quiet):
+    base = make_base(tmp_path / "base", tiny_model, byte_tokenizer)
+    adapters = [make_adapter(tmp_path / "first", base), make_adapter(tmp_path / "second", base, r=2)]
+    byte_tokenizer.save_pretrained(adapters[1])
+    (adapters[1] / "chat_template.jinja").write_text("{{ 'second' }}")
+    result = merge(adapters, tmp_path / "merged", console=quiet)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for adapter in adapters:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert torch.allclose(found, logits(model), atol=1e-4)
+    assert result["base"] == str(base)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == "{{ 'second' }}"
+
+
+# workflow: W7
+def test_weights_are_cut_into_files_of_the_asked_size(tmp_path, tiny_model, byte_tokenizer, quiet):
+    base = make_base(tmp_path / "base", tiny_model, byte_tokenizer)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    merge(adapter, tmp_path / "merged", max_shard_size="50KB", console=quiet)
+    shards = sorted((tmp_path / "merged").glob("model-*.safetensors"))
+    assert len(shards) == 3
+    assert all(shard.stat().st_size < 55_000 for shard in shards)
+    assert (tmp_path / "merged" / "model.safetensors.index.json").exists()
+    for size in ("fifty", "50", "-1GB", "5GiB"):
+        with pytest.raises(ConfigError, match=f"max_shard_size: expected a size such as 10GB or 500MB, got '{size}'"):
+            merge(adapter, tmp_path / "other", max_shard_size=size, console=quiet)
+
+
+# workflow: W7
+def test_the_bases_ways_to_generate_are_kept(tmp_path, tiny_model, byte_tokenizer, quiet):
+    base = make_base(tmp_path / "base", tiny_model, byte_tokenizer)
+    settings = {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.1}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    merge(make_adapter(tmp_path / "adapter", base), tmp_path / "merged", console=quiet)
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text()).items() >= settings.items()
+
+
+def test_a_base_that_is_an_adapter_itself_is_named(tmp_path, tiny_model, byte_tokenizer, quiet):
+    base = make_base(tmp_path / "base", tiny_model, byte_tokenizer)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    with pytest.raises(
+        ModelError, match=r"adapter: is an adapter, which has no weights of a base model. Name its base"
+    ):
+        merge(adapter, tmp_path / "merged", base=adapter, console=quiet)

@@ -11,10 +11,12 @@ from transformers import GenerationConfig
 from tunesmith.config import DecodingConfig
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.evaluate.generate import (
+    answer_decoding,
     answering,
     decode_answer,
     encode_prompt,
     generate_batch,
+    generate_ids,
     generate_texts,
     generation_config,
     stop_token_ids,
@@ -44,6 +46,7 @@ def greedy_by_hand(model, ids, count, stops):
     return new
 
 
+# workflow: R2
 @pytest.mark.parametrize("batch_size", [1, 2, 6, 8])
 def test_answers_equal_greedy_search_by_hand_whatever_the_batch(tiny_model, byte_tokenizer, batch_size):
     stops = stop_token_ids(tiny_model, byte_tokenizer)
@@ -64,6 +67,7 @@ def test_padding_with_the_stop_token_does_no_harm(tiny_model, byte_tokenizer):
     assert dict(generate_texts(tiny_model, byte_tokenizer, IDS, decoding=SHORT)) == alone
 
 
+# workflow: R8
 def test_generation_ends_at_every_stop_token_and_leaves_it_out(tiny_model, byte_tokenizer):
     prompt = byte_tokenizer("hello")["input_ids"]
     free = greedy_by_hand(tiny_model.eval(), prompt, 12, stops=[])
@@ -123,9 +127,134 @@ def test_sampling_follows_the_seed_and_differs_from_greedy_search(tiny_model, by
     assert answers[0] == answers[1] != answers[2]
 
 
+# workflow: A5
+@pytest.mark.parametrize("top", [{}, {"top_k": 5}, {"top_p": 0.5}, {"repetition_penalty": 1.5}])
+def test_a_sampled_answer_does_not_depend_on_the_rows_beside_it(tiny_model, byte_tokenizer, top):
+    decoding = SHORT | {"do_sample": True, "temperature": 1.5, **top}
+    found = [
+        dict(generate_texts(tiny_model, byte_tokenizer, IDS, seed=7, decoding=decoding | {"generation_batch_size": n}))
+        for n in (1, 2, 6)
+    ]
+    other = dict(generate_texts(tiny_model, byte_tokenizer, IDS, seed=8, decoding=decoding))
+    assert found[0] == found[1] == found[2] != other
+    shares = [
+        dict(generate_texts(tiny_model, byte_tokenizer, IDS, seed=7, decoding=decoding, share=(r, 2))) for r in (0, 1)
+    ]
+    assert not shares[0].keys() & shares[1].keys()
+    assert shares[0] | shares[1] == found[0]
+
+
+def test_sampling_with_beams_repeats_and_leaves_torchs_random_numbers_alone(tiny_model, byte_tokenizer):
+    decoding = SHORT | {"do_sample": True, "num_beams": 2}
+    state, found = torch.get_rng_state(), []
+    for seed in (3, 3, 4):
+        found.append(dict(generate_texts(tiny_model, byte_tokenizer, IDS, seed=seed, decoding=decoding)))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert found[0] == found[1] != found[2]
+
+
+# workflow: C3
 def test_beams_are_used(tiny_model, byte_tokenizer):
-    greedy = dict(generate_texts(tiny_model, byte_tokenizer, IDS, decoding=SHORT))
-    assert dict(generate_texts(tiny_model, byte_tokenizer, IDS, decoding=SHORT | {"num_beams": 4})) != greedy
+    decoding = answer_decoding(SHORT | {"eval_num_beams": 4}, generation_num_beams=1)
+    found = dict(generate_texts(tiny_model, byte_tokenizer, IDS, decoding=decoding))
+    assert found != dict(generate_texts(tiny_model, byte_tokenizer, IDS, decoding=SHORT))
+    stops = stop_token_ids(tiny_model, byte_tokenizer)
+    config = GenerationConfig(num_beams=4, max_new_tokens=12, eos_token_id=stops, pad_token_id=258)
+    for number, prompt in enumerate(IDS):
+        ids = torch.tensor([prompt])
+        new = tiny_model.eval().generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        assert found[number] == decode_answer(byte_tokenizer, new[0, len(prompt) :].tolist(), stops)
+
+
+# workflow: C2 C3
+def test_which_option_decides_about_beams_and_length():
+    train = {"generation_max_length": 30, "generation_num_beams": 2, "max_target_length": 20}
+    most = answer_decoding(DecodingConfig(max_new_tokens=40, num_beams=4, eval_num_beams=3), **train)
+    assert (most["max_new_tokens"], most["num_beams"]) == (40, 3)
+    assert answer_decoding(most, **train | {"generation_num_beams": None}) == most
+    found = [answer_decoding(None, **dict(list(train.items())[place:])) for place in (0, 1, 2, 3)]
+    assert [each["max_new_tokens"] for each in found] == [30, 20, 20, 256]
+    assert [each["num_beams"] for each in found] == [2, 2, 1, 1]
+    with pytest.raises(ConfigError, match="'num_beam'"):
+        answer_decoding({"num_beam": 3})
+
+
+# workflow: A5
+def test_every_decoding_option_reaches_transformers_and_no_max_length_does():
+    given = {"do_sample": True, "temperature": 0.95, "top_p": 0.7, "top_k": 50, "num_beams": 2}
+    given |= {"max_new_tokens": 512, "repetition_penalty": 1.1, "length_penalty": 2.0}
+    found = generation_config(given, [257, 5], pad_id=258)
+    assert found.to_diff_dict().items() >= {**given, "top_k": 50}.items() - {("top_k", 50)}
+    assert (found.top_k, found.eos_token_id, found.pad_token_id) == (50, [257, 5], 258)
+    assert found.to_dict().get("max_length") is None
+
+
+# workflow: A5
+def test_the_length_penalty_changes_what_beams_find(tiny_model, byte_tokenizer):
+    short, long = (
+        generate_batch(
+            tiny_model,
+            [IDS[0]],
+            generation_config({"num_beams": 4, "length_penalty": penalty, "max_new_tokens": 8}, range(0, 259, 2), 258),
+        )
+        for penalty in (-50.0, 50.0)
+    )
+    assert len(short[0]) < len(long[0])
+
+
+@pytest.fixture(params=["one", "many", "all"])
+def broken_model(tiny_model, request):
+    """Logits with NaN and both infinities among them."""
+
+    def spoil(module, arguments, logits):
+        logits = logits.clone()
+        if request.param == "all":
+            return torch.full_like(logits, torch.nan)
+        logits[..., 40] = torch.nan
+        logits[..., 50] = -torch.inf
+        if request.param == "many":
+            logits[..., 60:70] = torch.inf
+        return logits
+
+    tiny_model.lm_head.register_forward_hook(spoil)
+    return tiny_model
+
+
+# workflow: R7
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        {},
+        {"do_sample": True, "temperature": 0.1, "top_p": 0.9, "top_k": 20},
+        {"num_beams": 3},
+        {"num_beams": 2, "do_sample": True, "temperature": 0.5},
+    ],
+    ids=["greedy", "sampling", "beams", "both"],
+)
+def test_logits_that_are_no_numbers_do_not_stop_generation(broken_model, byte_tokenizer, decoding):
+    answers = dict(generate_texts(broken_model, byte_tokenizer, IDS, decoding=SHORT | decoding, seed=1))
+    assert answers.keys() == set(range(6))
+
+
+# workflow: R8
+def test_an_answer_ends_at_the_end_of_turn_of_a_base_models_template(tiny_model, byte_tokenizer):
+    end_of_turn = byte_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    with torch.no_grad():
+        tiny_model.lm_head.weight[end_of_turn] = 10 * tiny_model.lm_head.weight[byte_tokenizer.eos_token_id]
+    ends = [
+        generate_batch(tiny_model, [prompt], generation_config(SHORT, stop_token_ids(tiny_model, byte_tokenizer), 258))
+        for prompt in IDS
+    ]
+    assert any(new[0][-1] == end_of_turn and len(new[0]) < 12 for new in ends)
+    assert all("<|im_end|>" not in text for _, text in generate_texts(tiny_model, byte_tokenizer, IDS, decoding=SHORT))
+
+
+def test_answers_end_where_the_models_positions_do(make_tiny_model, byte_tokenizer):
+    model = make_tiny_model(max_position_embeddings=40)
+    free = dict(generate_ids(model, dict(enumerate(IDS)), generation_config(SHORT, [], 258), batch_size=4))
+    assert [len(free[number]) for number in range(6)] == [12, 4, 12, 12, 12, 12]  # the second prompt has 36 tokens
+    with pytest.raises(DataError, match=r"prompt 0 has 40 tokens, but the model reads 40 at most"):
+        list(generate_texts(model, byte_tokenizer, [[97] * 40], decoding=SHORT))
 
 
 def test_progress_counts_to_the_end(tiny_model, byte_tokenizer):
@@ -146,6 +275,7 @@ def test_an_unknown_decoding_option_is_named(tiny_model, byte_tokenizer):
         list(generate_texts(tiny_model, byte_tokenizer, [[97]], decoding={"max_tokens": 3}))
 
 
+# workflow: R8
 def test_stop_tokens_come_from_tokenizer_model_and_template(tiny_model, byte_tokenizer):
     end_of_turn = byte_tokenizer.convert_tokens_to_ids("<|im_end|>")
     byte_tokenizer.eos_token = byte_tokenizer.pad_token

@@ -15,14 +15,15 @@ from tunesmith.errors import DataError
 from tunesmith.evaluate.generate import generate_texts
 from tunesmith.evaluate.predict import (
     Comparison,
-    ask,
     before_after_table,
     comparisons,
     predict,
+    prefixed,
     printable,
     read_predictions,
     shorten,
 )
+from tunesmith.evaluate.questions import ask, cut_question, expected_texts
 
 SHORT = {"max_new_tokens": 4, "generation_batch_size": 2}
 
@@ -41,6 +42,7 @@ def chat(*contents):
 EXAMPLES = [chat("one?", "1"), chat("a longer question?", "你好 é"), {"prompt": "2+2?", "completion": "4"}]
 
 
+# workflow: R3 W4
 def test_predictions_are_in_the_order_of_the_examples(tiny_model, byte_tokenizer, tmp_path):
     path = tmp_path / "generated_predictions.jsonl"
     figures = predict(tiny_model, byte_tokenizer, EXAMPLES, path, decoding=SHORT, metric="exact_match")
@@ -79,15 +81,95 @@ def test_prompts_without_answers_are_answered_and_not_scored(tiny_model, byte_to
     figures = predict(
         tiny_model, byte_tokenizer, [chat("one?")], tmp_path / "p.jsonl", decoding=SHORT, metric="exact_match"
     )
-    assert sorted(figures) == ["predict_runtime", "predict_samples"]
+    assert all(name.startswith("predict_") for name in figures)
     assert read_predictions(tmp_path / "p.jsonl")[0]["label"] is None
     assert "the metric is left out" in caplog.text
+
+
+# workflow: W4
+def test_several_metrics_and_the_speed_have_the_names_of_results_files(tiny_model, byte_tokenizer, tmp_path):
+    metric = ["exact_match", "token_f1", "bleu_rouge"]
+    examples = [chat("one?", "1"), chat("two?", "2")]
+    figures = predict(tiny_model, byte_tokenizer, examples, tmp_path / "p.jsonl", decoding=SHORT, metric=metric)
+    scores = {"exact_match", "token_f1", "rouge-1", "rouge-2", "rouge-l", "bleu-4"}
+    speed = {"predict_samples", "predict_runtime", "predict_samples_per_second", "predict_steps_per_second"}
+    assert figures.keys() == scores | speed
+    assert prefixed(figures, "predict").keys() == {f"predict_{name}" for name in scores} | speed
+    per_second = figures["predict_samples_per_second"]
+    assert per_second == pytest.approx(2 / figures["predict_runtime"], rel=0.05)
+
+
+def test_a_row_keeps_its_own_id(tiny_model, byte_tokenizer, tmp_path):
+    examples = [chat("one?", "1") | {"id": "a-7"}, chat("two?", "2") | {"id": 0}, chat("three?")]
+    predict(tiny_model, byte_tokenizer, examples, tmp_path / "p.jsonl", decoding=SHORT)
+    assert [row.get("id") for row in read_predictions(tmp_path / "p.jsonl")] == ["a-7", 0, None]
+
+
+def test_variables_of_the_template_hold_for_all_rows_and_a_rows_own_win(byte_tokenizer):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ mood }}, {{ tone }}: "
+    byte_tokenizer.chat_template = template
+    example = chat("a", "b") | {"chat_template_kwargs": {"mood": "glad"}}
+    for_all = {"mood": "sad", "tone": "low"}
+    assert ask(example, byte_tokenizer, None, 0, for_all).prompt.text == "user: a\nglad, low: "
+    assert ask(chat("a", "b"), byte_tokenizer, None, 0, for_all).prompt.text == "user: a\nsad, low: "
+
+
+# workflow: P5
+def test_a_long_prompt_is_cut_at_the_end_of_what_was_asked(tiny_model, byte_tokenizer, tmp_path, caplog):
+    examples = [chat("short", "1"), chat("0123456789" * 10, "2")]
+    path = tmp_path / "p.jsonl"
+    figures = predict(tiny_model, byte_tokenizer, examples, path, decoding=SHORT, max_source_length=64)
+    rows = read_predictions(path)
+    tail = "<|im_end|>\n<|im_start|>assistant\n"
+    assert rows[0]["prompt"] == f"<|im_start|>user\nshort{tail}"
+    assert rows[1]["prompt"].startswith("<|im_start|>user\n0123456789")
+    assert rows[1]["prompt"].endswith(f"{tail}")
+    assert len(byte_tokenizer(rows[1]["prompt"])["input_ids"]) == 64
+    assert figures["predict_cut_prompts"] == 1
+    assert "1 of 2 prompts were cut to 64 tokens" in caplog.text
+
+
+def test_a_cut_shorter_than_the_templates_own_end_takes_the_first_tokens(byte_tokenizer):
+    question = ask(chat("hello", "1"), byte_tokenizer)
+    assert cut_question(question, byte_tokenizer, 3).prompt.input_ids == question.prompt.input_ids[:3]
+    byte_tokenizer.chat_template = None
+    plain = ask({"prompt": "hello", "completion": "x"}, byte_tokenizer)
+    assert cut_question(plain, byte_tokenizer, 3).prompt.text == "hel"
+
+
+def test_a_prompt_that_the_model_cannot_read_is_named(make_tiny_model, byte_tokenizer, tmp_path):
+    model = make_tiny_model(max_position_embeddings=60)
+    examples = [chat("a", "1"), chat("b" * 80, "2") | {"source": "data.jsonl", "line": 7}]
+    with pytest.raises(DataError, match=r"^data.jsonl:7: its prompt has \d+ tokens, but the model reads 60 at most"):
+        predict(model, byte_tokenizer, examples, tmp_path / "p.jsonl", decoding=SHORT)
+    predict(model, byte_tokenizer, examples, tmp_path / "p.jsonl", decoding=SHORT, max_source_length=50)
+
+
+# workflow: C3
+def test_eval_num_beams_counts_where_predictions_are_written(tiny_model, byte_tokenizer, tmp_path):
+    answers = []
+    for beams in ({"num_beams": 4}, {"eval_num_beams": 4}, {}):
+        decoding = {"max_new_tokens": 8, **beams}
+        predict(tiny_model, byte_tokenizer, EXAMPLES, tmp_path / "p.jsonl", decoding=decoding)
+        answers.append([row["predict"] for row in read_predictions(tmp_path / "p.jsonl")])
+    assert answers[0] == answers[1] != answers[2]
 
 
 def test_the_last_assistant_turn_is_the_label_and_what_precedes_it_the_prompt(byte_tokenizer):
     question = ask(chat("a", "b", "c", "d", "bye"), byte_tokenizer)
     assert question.prompt.text.endswith("b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
     assert (question.label, question.asked) == ("d", "c")
+
+
+def test_expected_texts_are_those_of_the_labels(byte_tokenizer):
+    examples = [
+        *EXAMPLES,
+        chat("one?"),
+        chat("a", "b", "c", "d"),
+        {"prompt": [], "completion": chat("x", "y")["messages"]},
+    ]
+    assert list(expected_texts(examples)) == ["1", "你好 é", "4", "", "d", "y"]
+    assert [ask(example, byte_tokenizer).label for example in EXAMPLES] == ["1", "你好 é", "4"]
 
 
 def test_prompt_and_completion_read_alike_as_strings_and_as_messages(byte_tokenizer):

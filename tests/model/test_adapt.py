@@ -30,11 +30,13 @@ def test_every_adapter_trains_something_and_the_model_still_runs(tiny_model, nam
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 259)
 
 
+# workflow: M7
 def test_full_trains_all(tiny_model):
     adapt(tiny_model.requires_grad_(False), ModelFields(adapter="full"))
     assert count_parameters(tiny_model) == (29_024, 29_024)
 
 
+# workflow: M7
 @pytest.mark.parametrize(
     ("count", "layers"), [(1, {11}), (2, {10, 11}), (-1, {0}), (-2, {0, 1}), (12, set(range(12)))]
 )
@@ -44,10 +46,37 @@ def test_freeze_counts_layers_exactly(make_tiny_model, count, layers):
     assert {int(name.split(".")[2]) for name in trained(model)} == layers
 
 
-def test_freeze_trains_the_named_parts(tiny_model):
-    config = ModelFields(adapter="freeze", freeze_trainable_layers=-1, freeze_trainable_modules=["mlp"])
-    names = {f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
-    assert trained(adapt(tiny_model, config)) == names
+MLP = {f"mlp.{part}_proj" for part in ("gate", "up", "down")}
+ATTENTION = {f"self_attn.{part}_proj" for part in "qkvo"}
+NORMS = {"input_layernorm", "post_attention_layernorm"}
+
+
+# workflow: M7
+@pytest.mark.parametrize(
+    ("names", "parts", "count"),
+    [
+        (["mlp"], MLP, 3 * 32 * 32),
+        (["self_attn"], ATTENTION, 3 * 32 * 32),
+        (["self_attention"], ATTENTION, 3 * 32 * 32),  # as Bloom, Falcon and ChatGLM call it
+        (["mlp", "input_layernorm"], MLP | {"input_layernorm"}, 3 * 32 * 32 + 32),
+        (["all"], MLP | ATTENTION | NORMS, 6 * 32 * 32 + 64),
+        (None, MLP | ATTENTION | NORMS, 6 * 32 * 32 + 64),
+    ],
+)
+def test_freeze_trains_the_named_parts(tiny_model, names, parts, count):
+    config = ModelFields(adapter="freeze", freeze_trainable_layers=-1, freeze_trainable_modules=names)
+    model = adapt(tiny_model, config)
+    assert trained(model) == {f"model.layers.0.{part}.weight" for part in parts}
+    assert count_parameters(model)[0] == count
+
+
+def test_parts_that_only_some_layers_have(make_tiny_model):
+    model = make_tiny_model(num_hidden_layers=3)
+    model.model.layers[1].experts = nn.Linear(2, 2)
+    config = {"adapter": "freeze", "freeze_trainable_modules": ["experts"]}
+    assert {name.split(".")[2] for name in trained(adapt(model, ModelFields(**config)))} == {"1"}
+    with pytest.raises(ConfigError, match="layers have no 'experts'"):
+        adapt(model, ModelFields(**config, freeze_trainable_layers=1))
 
 
 @pytest.mark.parametrize(
@@ -63,11 +92,55 @@ def test_freeze_names_what_is_wrong(tiny_model, options, words):
         adapt(tiny_model, ModelFields(adapter="freeze", **options))
 
 
+# workflow: M7
 def test_lora_takes_the_options(tiny_model):
-    model = adapt(tiny_model, ModelFields(lora_r=3, lora_alpha=6, lora_target_modules=["q_proj"], use_rslora=True))
+    model = adapt(
+        tiny_model,
+        ModelFields(lora_dropout=0.1, lora_r=3, lora_alpha=6, lora_target_modules=["q_proj"], use_rslora=True),
+    )
     assert {name.split(".")[-3] for name in trained(model)} == {"lora_A", "lora_B"}
     assert model.peft_config["default"].r == 3
-    assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == pytest.approx(6 / 3**0.5)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.scaling["default"] == pytest.approx(6 / 3**0.5)
+    assert (layer.lora_dropout["default"].p, model.peft_config["default"].task_type) == (0.1, "CAUSAL_LM")
+
+
+class PackedAttention(nn.Module):
+    """One projection for queries, keys and values, by Baichuan's name for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.W_pack = nn.Linear(32, 96, bias=False)
+
+    def forward(self, hidden_states, **kwargs):
+        query, key, value = self.W_pack(hidden_states).chunk(3, dim=-1)
+        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True), None
+
+
+# workflow: M7
+@pytest.mark.parametrize("targets", [["W_pack"], "W_pack", "W_pack, gate_proj"])
+def test_lora_takes_any_modules_name(tiny_model, targets):
+    for layer in tiny_model.model.layers:
+        layer.self_attn = PackedAttention()
+    model = adapt(tiny_model, ModelFields(lora_r=2, lora_target_modules=targets))
+    names = {name.split(".lora_")[0].rpartition(".")[2] for name in trained(model)}
+    assert names == {"W_pack", "gate_proj"} if "," in targets else names == {"W_pack"}
+    model(IDS).logits.sum().backward()
+    assert model.base_model.model.model.layers[0].self_attn.W_pack.lora_B.default.weight.grad.abs().sum() > 0
+
+
+# workflow: M7
+@pytest.mark.parametrize("targets", ["all", ["all"], "all-linear"])
+def test_all_is_every_linear_layer_but_the_head(tiny_model, targets):
+    model = adapt(tiny_model, ModelFields(lora_target_modules=targets))
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in trained(model)} == {
+        f"{part}_proj" for part in (*"qkvo", "gate", "up", "down")
+    }
+
+
+def test_a_pattern_stays_one(tiny_model):
+    model = adapt(tiny_model, ModelFields(lora_target_modules=r".*layers\.1.*\.(q|v)_proj"))
+    assert len(trained(model)) == 4
 
 
 def test_the_callers_peft_config_stays_as_it_is(tiny_model):

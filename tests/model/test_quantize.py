@@ -16,14 +16,17 @@ from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model import quantize
 from tunesmith.model.adapt import attach, check_trainable, count_parameters, upcast_trainable
 from tunesmith.model.capabilities import probe_model
+from tunesmith.model.chain import merge_folders
 from tunesmith.model.load import check_vocabulary, load_any, load_model
 from tunesmith.model.quantize import (
     hold_adapters_in,
     is_quantized,
     keep_differentiable,
     multiply_in,
+    own_device,
     prepare_for_kbit_training,
     quantization_options,
+    with_quantization_config,
 )
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -142,6 +145,36 @@ def test_options_set_to_false_change_nothing(folder):
 def test_a_recipes_fields_become_arguments(folder, fields, expected):
     assert quantization_options(ModelFields(**fields)) == expected
     assert is_quantized(load_model(folder, **expected)) is bool(fields)
+
+
+# workflow: M5
+def test_a_recipes_fields_become_a_config_object():
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": True}
+    found = quantization_options(ModelFields(**options), compute_dtype=torch.bfloat16)
+    config = with_quantization_config(found)["quantization_config"]
+    assert (config.quantization_method(), config.bnb_4bit_use_double_quant) == ("fp4", True)
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+    config = with_quantization_config(quantization_options(ModelFields(load_in_8bit=True)))["quantization_config"]
+    assert config.quantization_method() == "llm_int8"
+
+
+# workflow: M5
+def test_a_base_is_whole_on_its_own_gpu_in_training_and_spread_in_answering(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for fields in (ModelFields(load_in_4bit=True), ModelFields(load_in_8bit=True)):
+        assert quantization_options(fields).get("device_map") is None
+        assert own_device() == {"": 1}  # what `load_model` then takes
+        assert quantization_options(fields, training=False)["device_map"] == "auto"
+        assert quantization_options(fields, training=False, use_cpu=True)["device_map"] == {"": "cpu"}
+
+
+# workflow: M5
+def test_adapters_are_not_merged_into_few_bits(folder, tmp_path):
+    model = attach(load_model(folder), LoraConfig(**LORA))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"adapter cannot be merged into a 4- or 8-bit base.*Let it go on training"):
+        merge_folders(load(folder), [str(tmp_path / "adapter")])
 
 
 def test_a_run_on_the_cpu_holds_its_base_there(folder):

@@ -32,8 +32,9 @@ def curve(name: str, folder: Path, ranks: int) -> dict:
     """What a run logs, what its model scores, and a sum over its weights."""
     options = dict(RUNS[name])
     rows = token_rows(options.pop("rows"), weights=options.pop("weights", False))
+    held_out = token_rows((7, 12, 5))
     if options.pop("stream", False):
-        rows = rows.to_iterable_dataset()
+        rows, held_out = rows.to_iterable_dataset(), held_out.to_iterable_dataset()
     if options.pop("lora", False):
         options["peft_config"] = LoraConfig(**LORA)
     batch = 8 // ranks // options.get("gradient_accumulation_steps", 1)
@@ -44,7 +45,7 @@ def curve(name: str, folder: Path, ranks: int) -> dict:
         folder / name,
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=2,
-        eval_dataset=token_rows((7, 12, 5)),
+        eval_dataset=held_out,
         **{"num_train_epochs": 2, **options},
     )
     trainer.train()

@@ -2,8 +2,6 @@
 
 import io
 import json
-import logging
-import math
 import re
 
 import pytest
@@ -16,10 +14,9 @@ from tunesmith.train.callbacks import (
     ProgressCallback,
     RunLogCallback,
     clock_text,
-    plot_loss,
-    smooth,
     use_progress,
 )
+from tunesmith.train.curves import plot_curves
 
 
 class Clock:
@@ -87,6 +84,7 @@ def test_pace_of_a_resumed_run_counts_only_its_own_steps():
     assert pace.tokens_per_second is None
 
 
+# workflow: W5
 def test_trainer_log_has_the_fields_of_the_workflow(tmp_path):
     (tmp_path / "trainer_log.jsonl").write_text("an older run\n")
     Training(RunLogCallback(Run(tmp_path)), tmp_path).run(2, loss=0.5, learning_rate=1e-3, epoch=0.1)
@@ -105,12 +103,25 @@ def test_trainer_log_has_the_fields_of_the_workflow(tmp_path):
     }
 
 
-def test_a_resumed_run_goes_on_in_the_same_trainer_log(tmp_path):
-    (tmp_path / "trainer_log.jsonl").write_text('{"current_steps": 5}\n')
+# workflow: W5
+def test_a_resumed_run_goes_on_in_the_same_trainer_log_and_its_steps_rise(tmp_path):
+    log = tmp_path / "trainer_log.jsonl"
+    log.write_text('{"current_steps": 5}\n{"current_steps": 6}\n{"curr')
     training = Training(RunLogCallback(Run(tmp_path)), tmp_path)
     training.state.global_step = 5
-    training.run(1, loss=0.5)
-    assert len((tmp_path / "trainer_log.jsonl").read_text().splitlines()) == 2
+    training.run(2, loss=0.5)
+    assert [json.loads(line)["current_steps"] for line in log.read_text().splitlines()] == [5, 6, 7]
+
+
+# workflow: W5
+def test_a_run_that_is_aborted_stops_after_the_step(tmp_path):
+    callback, control = RunLogCallback(Run(tmp_path)), TrainerControl()
+    training = Training(callback, tmp_path)
+    callback.on_step_end(training.args, training.state, control)
+    assert not control.should_training_stop
+    callback.aborted = True
+    callback.on_step_end(training.args, training.state, control)
+    assert control.should_training_stop
 
 
 def test_status_follows_the_run_and_keeps_the_last_losses(tmp_path):
@@ -211,28 +222,8 @@ def test_a_real_trainer_writes_the_files_and_the_lines(tmp_path, tiny_model, cap
     assert [row["step"] for row in read_metrics(tmp_path) if "loss" in row] == [1, 2, 3, 4]
     assert read_status(tmp_path)["step"] == 4
     assert capsys.readouterr().out == ""
-    assert plot_loss(trainer.state.log_history, tmp_path / "loss.png").stat().st_size > 5_000
-
-
-def test_the_loss_curve_is_a_whole_png(tmp_path):
-    history = [{"step": step, "loss": 1 / step} for step in range(1, 9)] + [{"step": 8, "eval_loss": float("nan")}]
-    path = plot_loss(history, tmp_path / "training_loss.png", title="Tiny")
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["training_loss.png"]
-
-
-def test_without_a_loss_no_picture_is_drawn_and_the_log_says_so(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        assert plot_loss([{"step": 3, "train_runtime": 1.0}], tmp_path / "training_loss.png") is None
-    assert "is not drawn" in caplog.text
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_smoothing_follows_the_workflow_formula():
-    weight = 1.8 * (1 / (1 + math.exp(-0.05 * 3)) - 0.5)
-    second = 3.0 * weight + 1.0 * (1 - weight)
-    assert smooth([3.0, 1.0, 2.0]) == pytest.approx([3.0, second, second * weight + 2.0 * (1 - weight)])
-    assert smooth([]) == []
+    drawn = plot_curves(trainer.state.log_history, tmp_path)
+    assert [path.name for path in drawn] == ["training_loss.png", "training_eval_loss.png"]
 
 
 def test_clock_text_reads_like_a_clock():

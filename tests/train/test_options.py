@@ -123,7 +123,6 @@ def test_the_first_positional_argument_is_the_folder(tmp_path):
         ({"dataset_num_proc": True}, "dataset_num_proc: expected int ≥ 1 or None, got True"),
         ({"pad_to_multiple_of": "many"}, "pad_to_multiple_of: expected int ≥ 1, 'auto' or None, got 'many'"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of: expected int ≥ 1"),
-        ({"predict_with_generate": True}, "predict_with_generate: evaluation does not write answers yet"),
     ],
 )
 def test_a_wrong_value_names_option_value_and_range(options, message):

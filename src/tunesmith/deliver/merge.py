@@ -1,23 +1,22 @@
 """Base + adapter → one checkpoint that needs no peft, believed only after it was read back from disk and compared."""
 
 import copy
-import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from rich.console import Console
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.evaluate.generate import stop_token_ids
-from tunesmith.model.load import grow_for_adapter
+from tunesmith.model.chain import ADAPTER_CONFIG, adapter_base, merge_folders, merged, put_on, with_earlier
+from tunesmith.model.load import load_model, options_with_positions
 from tunesmith.model.quantize import is_quantized
 
 PROBES = (
@@ -33,11 +32,12 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def merge(
-    adapter_dir: str | Path,
+    adapter_dir: str | Path | Sequence[str | Path],
     output_dir: str | Path,
     *,
     base: str | Path | None = None,
     dtype: str | None = None,
+    max_shard_size: str = "10GB",
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -48,10 +48,12 @@ def merge(
     what the rounding costs. Only then does `output_dir` appear under its name.
 
     Args:
-        adapter_dir: folder with `adapter_config.json` and the adapter's weights.
+        adapter_dir: folder with `adapter_config.json` and the adapter's weights; several are merged in their order.
+            Those that an adapter was trained on top of come before it without being named.
         output_dir: the merged model. It must be empty or missing unless `overwrite`.
         base: base model, where it is not (any more) where the adapter's config says.
         dtype: type of the written weights: float32, bfloat16, float16. None: the type that the base is stored in.
+        max_shard_size: largest file of weights, as `10GB` or `500MB`.
         overwrite: replace the model that `output_dir` holds; a folder that is not a model is never deleted.
         console: where the result is told. None: standard output.
 
@@ -60,21 +62,24 @@ def merge(
     Raises: ModelError where base or adapter cannot be loaded, or the merged model answers differently; ConfigError
         where `output_dir` is in the way.
     """
-    adapter_dir, output_dir = Path(adapter_dir), Path(output_dir)
-    base = str(base or _base_of(adapter_dir))
-    _refuse_to_replace(output_dir, adapter_dir, base, overwrite)
-    model, stored = _load(adapter_dir, base)
+    output_dir = Path(output_dir)
+    folders = [adapter_dir] if isinstance(adapter_dir, (str, Path)) else list(adapter_dir)
+    folders = with_earlier([str(folder) for folder in folders])
+    base = str(base or _base_of(folders))
+    _refuse_to_replace(output_dir, folders, base, overwrite)
+    _check_size(max_shard_size)
+    model, stored = _load(folders, base)
     target = _target_dtype(dtype, stored)
-    tokenizer = _load_tokenizer(adapter_dir, base)
+    tokenizer = _load_tokenizer(folders[-1], base)
     probes = _probe_ids(tokenizer, model.get_input_embeddings().weight.shape[0])
     expected = _logits(model, probes)
-    merged = _merge_weights(model)
-    _compare(expected, _logits(merged, probes), torch.float32)
+    whole = merged(model)
+    _compare(expected, _logits(whole, probes), torch.float32)
     staged = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.staged")
     try:
-        _save(merged, tokenizer, staged, target)
-        written = _read_back(staged, merged)
-        del model, merged  # two copies in memory at most
+        _save(whole, tokenizer, staged, target, max_shard_size)
+        written = _read_back(staged, whole)
+        del model, whole  # two copies in memory at most
         result = _compare(expected, _logits(written.float(), probes), target)
         _move_into_place(staged, output_dir)
     finally:
@@ -87,28 +92,23 @@ def merge(
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def _base_of(adapter_dir: Path) -> str:
-    path = adapter_dir / "adapter_config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        hint = " It is a whole model already." if (adapter_dir / "config.json").exists() else ""
-        raise ModelError(f"{adapter_dir} is not an adapter: there is no {path.name} in it.{hint}") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}.") from error
-    if not config.get("base_model_name_or_path"):
-        raise ModelError(f"{path} does not say which model it belongs to. Name it with --base.")
-    return config["base_model_name_or_path"]
+def _base_of(folders: Sequence[str]) -> str:
+    for folder in folders:
+        if not (Path(folder) / ADAPTER_CONFIG).is_file():
+            hint = " It is a whole model already." if (Path(folder) / "config.json").exists() else ""
+            raise ModelError(f"{folder} is not an adapter: there is no {ADAPTER_CONFIG} in it.{hint}")
+    return adapter_base(folders[-1])
 
 
-def _load(adapter_dir: Path, base: str) -> tuple[PeftModel, torch.dtype]:
-    """Base and adapter in float32, and the type that the base is stored in."""
+def _load(folders: Sequence[str], base: str) -> tuple[nn.Module, torch.dtype]:
+    """Base and adapters in float32, the last one apart, and the type that the base is stored in."""
+    *earlier, last = folders
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    except (OSError, ValueError, KeyError) as error:
+        model = load_model(base, **options_with_positions(base, last, {}))
+    except ModelError as error:
         raise ModelError(
-            f"the adapter {adapter_dir} belongs to '{base}', which cannot be loaded: "
-            f"{_first_line(error)} Name the base model with --base."
+            f"the adapter {last} belongs to '{base}', which cannot be loaded: {_first_line(error)} "
+            "Name the base model with --base."
         ) from error
     if is_quantized(model):
         raise ModelError(
@@ -116,17 +116,12 @@ def _load(adapter_dir: Path, base: str) -> tuple[PeftModel, torch.dtype]:
             "that it was quantized from with --base."
         )
     stored = model.dtype
-    grow_for_adapter(model, adapter_dir)
-    try:
-        adapted = PeftModel.from_pretrained(model.float(), adapter_dir)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"the adapter {adapter_dir} does not fit '{base}': {_first_line(error)}") from error
-    return adapted.float().eval(), stored
+    return put_on(merge_folders(model.float(), earlier), last).float().eval(), stored
 
 
-def _load_tokenizer(adapter_dir: Path, base: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(adapter_dir: str, base: str) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside the adapter (its chat template is the trained one), else the base's."""
-    source = str(adapter_dir) if (adapter_dir / "tokenizer_config.json").exists() else base
+    source = adapter_dir if (Path(adapter_dir) / "tokenizer_config.json").exists() else base
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -141,10 +136,10 @@ def _target_dtype(dtype: str | None, stored: torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _read_back(path: Path, merged: PreTrainedModel) -> PreTrainedModel:
-    """The written model; raises ModelError unless it has the weights of `merged`, bit for bit."""
+def _read_back(path: Path, whole: PreTrainedModel) -> PreTrainedModel:
+    """The written model; raises ModelError unless it has the weights of `whole`, bit for bit."""
     written = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
-    expected, found = merged.state_dict(), written.state_dict()
+    expected, found = whole.state_dict(), written.state_dict()
     missing = sorted(set(expected) ^ set(found))
     wrong = missing or [name for name in expected if not torch.equal(expected[name].cpu(), found[name].cpu())]
     if wrong:
@@ -155,52 +150,17 @@ def _read_back(path: Path, merged: PreTrainedModel) -> PreTrainedModel:
     return written
 
 
-# ---------------------------------------------------------------------------------------------------- merging
+# ---------------------------------------------------------------------------------------------------- writing
 
 
-def _merge_weights(model: PeftModel) -> PreTrainedModel:
-    _untie_if_adapted(model)
-    try:
-        merged = model.merge_and_unload(safe_merge=True)
-    except (ValueError, NotImplementedError, AttributeError) as error:
-        raise ModelError(f"this adapter cannot be merged: {_first_line(error)}") from error
-    embeddings, head = merged.get_input_embeddings().weight, _head_weight(merged)
-    if head is not None and head.data_ptr() != embeddings.data_ptr():
-        # peft before 0.21 leaves the config as it was, and not every loader notices that both weights are there.
-        for config in (merged.config, merged.config.get_text_config()):
-            config.tie_word_embeddings = False
-    return merged
+def _check_size(max_shard_size: str) -> None:
+    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", str(max_shard_size).strip(), re.IGNORECASE):
+        raise ConfigError(f"max_shard_size: expected a size such as 10GB or 500MB, got '{max_shard_size}'.")
 
 
-def _untie_if_adapted(model: PeftModel) -> None:
-    """Give a tied head its own weights if an adapter sits on it or on the embeddings.
-
-    The adapter model adds its update to one of the two; merged into the shared weight it would change both.
-    """
-    inner = model.get_base_model()
-    embeddings, head = inner.get_input_embeddings(), inner.get_output_embeddings()
-    if head is None or not any(
-        isinstance(part, (BaseTunerLayer, ModulesToSaveWrapper)) for part in (embeddings, head)
-    ):
-        return
-    plain = _plain_module(head)
-    if plain.weight.data_ptr() == _plain_module(embeddings).weight.data_ptr():
-        plain.weight = torch.nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
-
-
-def _plain_module(module: torch.nn.Module) -> torch.nn.Module:
-    """The base model's own module under peft's wrappers."""
-    if isinstance(module, BaseTunerLayer):
-        return module.get_base_layer()
-    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-
-
-def _head_weight(model: PreTrainedModel) -> torch.Tensor | None:
-    head = model.get_output_embeddings()
-    return None if head is None else head.weight
-
-
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, dtype: torch.dtype) -> None:
+def _save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, dtype: torch.dtype, max_shard_size: str
+) -> None:
     shutil.rmtree(path, ignore_errors=True)
     model.to(dtype)
     model.generation_config = copy.deepcopy(model.generation_config)
@@ -209,7 +169,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path
     )  # elsewhere nobody knows the template
     try:
         path.mkdir(parents=True)
-        model.save_pretrained(path)
+        model.save_pretrained(path, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(path)
     except OSError as error:
         raise ConfigError(f"the merged model cannot be written to {path}: {error.strerror or error}.") from error
@@ -269,7 +229,7 @@ def _tell(result: dict[str, Any], console: Console) -> None:
 # ---------------------------------------------------------------------------------------------------- the folder
 
 
-def _refuse_to_replace(output_dir: Path, adapter_dir: Path, base: str, overwrite: bool) -> None:
+def _refuse_to_replace(output_dir: Path, folders: Sequence[str], base: str, overwrite: bool) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"output_dir: {output_dir} is a file. Name a folder.")
     if not output_dir.exists() or not any(output_dir.iterdir()):
@@ -277,7 +237,7 @@ def _refuse_to_replace(output_dir: Path, adapter_dir: Path, base: str, overwrite
     if not overwrite:
         raise ConfigError(f"output_dir: {output_dir} is not empty. Add --overwrite or choose another folder.")
     place = output_dir.resolve()
-    for name, other in (("adapter", adapter_dir), ("base model", Path(base))):
+    for name, other in (*(("adapter", Path(folder)) for folder in folders), ("base model", Path(base))):
         if other.exists() and (place == other.resolve() or place in other.resolve().parents):
             raise ConfigError(
                 f"output_dir: {output_dir} holds the {name} that is to be merged. Choose another folder."

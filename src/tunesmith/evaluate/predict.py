@@ -2,9 +2,10 @@
 
 import json
 import logging
+import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,14 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.config import DecodingConfig
-from tunesmith.data import IGNORE_INDEX
-from tunesmith.data.chat_template import place_of
-from tunesmith.data.render import Rendered, for_template, render
-from tunesmith.data.tokenize import tokenize
-from tunesmith.errors import DataError
-from tunesmith.evaluate.generate import Prompt, encode_prompt, encode_rendered, generate_texts, stop_token_ids
-from tunesmith.evaluate.metrics import METRICS, PERCENTAGES, Metric
-from tunesmith.lookup import lookup
+from tunesmith.evaluate.generate import answer_decoding, context_length, generate_texts, stop_token_ids
+from tunesmith.evaluate.metrics import PERCENTAGES, Metric, metrics_for
+from tunesmith.evaluate.questions import Question, ask, fitted
+from tunesmith.evaluate.ranks import gathered, rank_and_world
 from tunesmith.runs import write_text
 
 if TYPE_CHECKING:
@@ -29,17 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PREDICTIONS_FILE = "generated_predictions.jsonl"
-
-
-class Question(NamedTuple):
-    """What the model is asked, and the answer the example holds."""
-
-    prompt: Prompt
-    """As the model reads it."""
-    label: str | None
-    """None where the example has no answer."""
-    asked: str
-    """What a person wrote last, for tables."""
 
 
 class Comparison(NamedTuple):
@@ -59,148 +45,121 @@ def predict(
     *,
     decoding: DecodingConfig | Mapping[str, Any] | None = None,
     chat_template: str | None = None,
-    metric: str | Metric | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    metric: str | Sequence[str] | Metric | None = None,
+    max_source_length: int | None = None,
+    seed: int = 42,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Answer every example and write `{"index", "prompt", "label", "predict"}` lines.
+    """Answer every example and write `{"index", "prompt", "label", "predict"}` lines, with `id` where a row has one.
 
     Lines are appended as batches finish, so a run that is cut short keeps its answers; when all are there the file is
-    written anew in the order of the examples.
+    written anew in the order of the examples. Where there are several processes all must call this: each answers its
+    share, into a file beside the one of the first, which then writes the whole; all return the same figures.
 
     Args:
         model: generates on its own device.
         tokenizer: read, not changed.
         examples: `Example`s with messages or prompt and completion; the last assistant turn or the completion is the
-            label, what comes before it the prompt.
+            label, what comes before it the prompt. Without an answer the label is null.
         path: the file, usually `generated_predictions.jsonl` in the run directory.
-        decoding: see `DecodingConfig`.
+        decoding: see `DecodingConfig`; `eval_num_beams` wins over `num_beams`.
         chat_template: Jinja text used in place of the tokenizer's own.
-        metric: name in `METRICS`, `file.py:function`, or a function; computed over the examples that have a label.
-        progress: called with (answered, all) after each batch.
+        chat_template_kwargs: variables of the template for all examples; an example's own win.
+        metric: names in `METRICS` or `file.py:function`, or a function; computed over the examples that have a label.
+        max_source_length: longest prompt, in tokens; the end of what was asked is cut from a longer one (not what the
+            template writes behind it), and counted. None: a prompt that the model cannot read is an error.
+        seed: of sampling.
+        progress: called with (answered, all) of this process after each batch.
 
-    Returns: `predict_samples`, `predict_runtime` in seconds, and the metric's figures.
+    Returns: `predict_samples`, `predict_runtime` in seconds, `predict_samples_per_second`, `predict_steps_per_second`,
+        `predict_cut_prompts` if there were any, and the metric's figures under their own names.
         Without any label the metric is left out, with a warning in the log.
-    Raises: DataError for plain-text examples, and for one that cannot be rendered as training would.
+    Raises: DataError for plain-text examples, and for one that cannot be rendered as training would, or is too long.
     """
-    path, started = Path(path), time.monotonic()
-    score = lookup(METRICS, metric, "metric") if isinstance(metric, str) else metric
-    questions = [ask(example, tokenizer, chat_template, index) for index, example in enumerate(examples)]
-    rows: dict[int, dict[str, Any]] = {}
+    started, options = time.monotonic(), answer_decoding(decoding)
+    questions = [
+        ask(example, tokenizer, chat_template, index, chat_template_kwargs) for index, example in enumerate(examples)
+    ]
+    asked, cut = fitted(questions, tokenizer, max_source_length, context_length(model), examples)
+    score = None
+    if metric is not None:
+        score = metrics_for(metric, (), [question.label or "" for question in questions])
     answers = generate_texts(
         model,
         tokenizer,
-        [question.prompt.input_ids for question in questions],
-        decoding=decoding,
+        [question.prompt.input_ids for question in asked],
+        decoding=options,
         stop_ids=stop_token_ids(model, tokenizer, chat_template),
+        seed=seed,
+        share=rank_and_world(),
         progress=progress,
     )
-    with open(path, "w", encoding="utf-8") as file:
-        for index, answer in answers:
-            question = questions[index]
-            rows[index] = {"index": index, "prompt": question.prompt.text, "label": question.label, "predict": answer}
-            file.write(_line(rows[index]))
-            file.flush()
-    ordered = [rows[index] for index in sorted(rows)]
-    write_text(path, "".join(_line(row) for row in ordered))
-    figures: dict[str, float] = {
-        "predict_samples": len(ordered),
-        "predict_runtime": round(time.monotonic() - started, 2),
-    }
+    rows = ((index, prediction_row(index, asked[index], answer, examples[index])) for index, answer in answers)
+    ordered = streamed(rows, Path(path))
+    figures = speed_figures(len(ordered), time.monotonic() - started, options["generation_batch_size"])
+    figures |= {"predict_cut_prompts": cut} if cut else {}
     if score and not any(row["label"] is not None for row in ordered):
         logger.warning("No example has an expected answer, so the metric is left out.")
         score = None
     return figures | (scores(score, ordered) if score else {})
 
 
+def prediction_row(index: int, question: Question, answer: str, example: Mapping[str, Any]) -> dict[str, Any]:
+    """What the predictions file says of one example."""
+    name = {"id": example["id"]} if example.get("id") is not None else {}
+    return {"index": index, **name, "prompt": question.prompt.text, "label": question.label, "predict": answer}
+
+
+def streamed(rows: Iterable[tuple[int, dict[str, Any]]], path: Path) -> list[dict[str, Any]]:
+    """Write rows as they come, then all of them in order; returns those of all processes, each row once."""
+    rank, _ = rank_and_world()
+    share = path if rank == 0 else path.with_name(f"{path.name}.rank{rank}")
+    found: dict[int, dict[str, Any]] = {}
+    with open(share, "w", encoding="utf-8") as file:
+        for index, row in rows:
+            found[index] = row
+            file.write(json_line(row))
+            file.flush()
+    found = dict(gathered(list(found.items())))
+    ordered = [found[index] for index in sorted(found)]
+    if rank == 0:
+        write_text(path, "".join(json_line(row) for row in ordered))
+    else:
+        share.unlink()
+    return ordered
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """A line of a predictions file."""
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "replace").decode()  # lone surrogates have no UTF-8
+
+
+def speed_figures(samples: int, seconds: float, batch_size: int) -> dict[str, float]:
+    """What the run took, under transformers' names; a step is a batch."""
+    seconds = max(seconds, 1e-9)
+    return {
+        "predict_samples": samples,
+        "predict_runtime": round(seconds, 4),
+        "predict_samples_per_second": round(samples / seconds, 3),
+        "predict_steps_per_second": round(math.ceil(samples / batch_size) / seconds, 3),
+    }
+
+
+def prefixed(figures: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """Figures under the names that transformers gives them in results files: `bleu-4` is `predict_bleu-4`.
+
+    >>> prefixed({"bleu-4": 1.0, "predict_runtime": 2.0}, "predict")
+    {'predict_bleu-4': 1.0, 'predict_runtime': 2.0}
+    """
+    return {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value for name, value in figures.items()}
+
+
 def scores(metric: Metric, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The metric over the rows of a predictions file that have a label."""
     labelled = [row for row in rows if row["label"] is not None]
     return metric([row["predict"] for row in labelled], [row["label"] for row in labelled])
-
-
-def ask(
-    example: Mapping[str, Any],
-    tokenizer: "PreTrainedTokenizerBase",
-    chat_template: str | None = None,
-    index: int = 0,
-) -> Question:
-    """The prompt of an example, rendered as in training, and its label.
-
-    Prompt and completion strings become a user and an assistant turn where there is a chat template, as they do in
-    training; without one they are read as they are.
-    """
-    where = place_of(example) or f"example {index}: "
-    if example.get("text") is not None:
-        raise DataError(
-            f"{where}plain text has no prompt and no answer. Predict from rows with messages or with "
-            "prompt and completion; `tunesmith eval` gives the loss of plain text."
-        )
-    prompt, completion = example.get("prompt"), example.get("completion")
-    has_template = bool(chat_template or tokenizer.chat_template)
-    if isinstance(prompt, str) and not has_template:
-        return Question(encode_rendered(tokenizer, Rendered(prompt, [], add_bos=True), where), completion, prompt)
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    messages = example.get("messages") if prompt is None else [*prompt, *(completion or [])]
-    if not messages:
-        raise DataError(f"{where}there are neither messages nor a prompt, so there is nothing to answer.")
-    first = None if prompt is None else len(prompt)
-    beside = {key: example[key] for key in ("tools", "chat_template_kwargs") if example.get(key)}
-    return _ask_messages(messages, first, beside, tokenizer, chat_template, where)
-
-
-def _ask_messages(
-    messages: Sequence[Mapping[str, Any]],
-    first: int | None,
-    beside: dict[str, Any],
-    tokenizer: "PreTrainedTokenizerBase",
-    chat_template: str | None,
-    where: str,
-) -> Question:
-    """`first`: index of the completion's first message, if there is one. `beside`: tools, chat_template_kwargs."""
-    plain = [for_template(message) for message in messages]
-    answers = [
-        place for place, message in enumerate(plain) if message["role"] == "assistant" and place >= (first or 0)
-    ]
-    end = answers[-1] if answers else len(plain)
-    prompt = encode_prompt(tokenizer, plain[:end], chat_template=chat_template, where=where, **beside)
-    label = _label(plain[: end + 1], beside, tokenizer, chat_template) if answers else None
-    asked = [message for message in plain[:end] if message["role"] != "assistant"]
-    return Question(prompt, label, _content(asked[-1]) if asked else prompt.text)
-
-
-def _label(
-    messages: list[dict[str, Any]],
-    beside: dict[str, Any],
-    tokenizer: "PreTrainedTokenizerBase",
-    chat_template: str | None,
-) -> str:
-    """The last message as the model should write it: its content, or with tool calls what training makes of it."""
-    last = messages[-1]
-    if isinstance(last.get("content"), str) and not last.get("tool_calls"):
-        return last["content"]
-    example = {"messages": messages, **beside}
-    try:
-        rendered = render(example, tokenizer, train_on="last_turn", chat_template=chat_template)
-        labels = tokenize([rendered], tokenizer)[0]["labels"]
-    except DataError:  # nothing that could be trained; the prompt can be answered all the same
-        return _content(last) or json.dumps(last.get("tool_calls"), ensure_ascii=False)
-    ids = [label for label in labels if label != IGNORE_INDEX]
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-
-
-def _content(message: Mapping[str, Any]) -> str:
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    return " ".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    text = json.dumps(row, ensure_ascii=False) + "\n"
-    return text.encode("utf-8", "replace").decode()  # lone surrogates have no UTF-8
 
 
 # ---------------------------------------------------------------------------------------------------- the table

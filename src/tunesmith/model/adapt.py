@@ -18,6 +18,12 @@ from tunesmith.model.quantize import is_quantized, prepare_for_kbit_training, qu
 
 Say = Callable[[str], None]
 
+# What the parts of a layer are called from model to model; recipes for one name them for all.
+ALIKE = (
+    ("self_attn", "self_attention", "attention", "attn"),
+    ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
+)
+
 
 def adapt(
     model: PreTrainedModel,
@@ -49,16 +55,29 @@ def freeze(model: PreTrainedModel, config: ModelFields) -> nn.Module:
     count = config.freeze_trainable_layers
     if count == 0 or abs(count) > len(layers):
         raise ConfigError(f"freeze_trainable_layers: {count} does not name 1 to {len(layers)} of the model's layers.")
-    for layer in layers[-count:] if count > 0 else layers[:-count]:
-        parts = dict(layer.named_children())
-        for name in config.freeze_trainable_modules or parts:
-            if name not in parts:
-                raise ConfigError(
-                    f"freeze_trainable_modules: layers have no '{name}'.{did_you_mean(name, parts)} "
-                    f"Known: {', '.join(parts)}."
-                )
-            parts[name].requires_grad_(True)
+    chosen = [dict(layer.named_children()) for layer in (layers[-count:] if count > 0 else layers[:-count])]
+    known = list(dict.fromkeys(part for parts in chosen for part in parts))
+    for name in config.freeze_trainable_modules or ["all"]:
+        wanted = parts_named(name, known)
+        for module in (parts[part] for parts in chosen for part in wanted if part in parts):
+            module.requires_grad_(True)
     return model
+
+
+def parts_named(name: str, known: list[str]) -> list[str]:
+    """Which parts of a layer `name` means: `all`, the model's own name, or another model's name for it.
+
+    Raises: ConfigError with the nearest name.
+    """
+    if name == "all":
+        return known
+    alike = next((group for group in ALIKE if name in group), ())
+    found = [name] if name in known else [part for part in known if part in alike]
+    if not found:
+        raise ConfigError(
+            f"freeze_trainable_modules: layers have no '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)}."
+        )
+    return found
 
 
 def lora(
@@ -74,7 +93,7 @@ def lora(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
+        target_modules=target_modules(config.lora_target_modules),
         modules_to_save=config.lora_modules_to_save,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -84,6 +103,22 @@ def lora(
     if config.lora_trainable_tokens:
         add_trainable_tokens(wanted, model, token_ids(config.lora_trainable_tokens, tokenizer))
     return attach(model, wanted, tokenizer, say)
+
+
+def target_modules(value: list[str] | str | None) -> list[str] | str | None:
+    """Names of modules as peft takes them; `all` is its `all-linear`, and text may list names with commas.
+
+    >>> target_modules("q_proj, v_proj"), target_modules("W_pack"), target_modules("all")
+    (['q_proj', 'v_proj'], ['W_pack'], 'all-linear')
+    """
+    if isinstance(value, list) and len(value) == 1 and value[0] in ("all", "all-linear"):
+        return "all-linear"
+    if not isinstance(value, str) or value == "all-linear":
+        return value
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    if names == ["all"]:
+        return "all-linear"
+    return names if all(name.replace(".", "_").isidentifier() for name in names) else value  # else a pattern
 
 
 def token_ids(names: list[str], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
@@ -295,12 +330,19 @@ def hold_in_float32(model: nn.Module) -> int:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) parameters; a 4-bit tensor counts the values it packs."""
+    """(trained, all) parameters; a 4-bit tensor counts the values it packs, a sharded one those of all processes."""
     trained = total = 0
     for parameter in model.parameters():
-        count = parameter.numel()
+        count = parameter.numel() or getattr(parameter, "ds_numel", 0)  # ZeRO-3 leaves an empty tensor here
         if parameter.__class__.__name__ == "Params4bit":
             count *= 2 * parameter.element_size()  # two values per stored byte
         total += count
         trained += count if parameter.requires_grad else 0
     return trained, total
+
+
+def trainable_line(model: nn.Module) -> str:
+    """What trains, in the words of peft and LLaMA-Factory, whose logs scripts read."""
+    trained, total = count_parameters(model)
+    share = 100 * trained / total if total else 0.0
+    return f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f}"

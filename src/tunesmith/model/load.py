@@ -1,6 +1,5 @@
 """Tokenizer and weights from a Hub id or a folder, adapters with their base; safetensors or GGUF, never pickles."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.model.chain import (
+    ADAPTER_CONFIG,
+    adapter_base,
+    merge_folders,
+    put_on,
+    refuse_adapter_as_base,
+    remembered,
+    with_earlier,
+)
 from tunesmith.model.chat_format import release_padding_row
 from tunesmith.model.quantize import (
     check_bitsandbytes,
@@ -16,9 +24,7 @@ from tunesmith.model.quantize import (
     quiet_bitsandbytes,
     with_quantization_config,
 )
-
-ADAPTER_CONFIG = "adapter_config.json"
-EMBEDDING_NAMES = {"embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out"}
+from tunesmith.model.rope import with_positions
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None, **hub: Any) -> PreTrainedTokenizerBase:
@@ -27,7 +33,7 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None, **hub: Any) -> Pr
     Args:
         name: folder or Hub id.
         gguf_file: file inside `name` that holds tokenizer and weights.
-        hub: `revision`, `trust_remote_code`.
+        hub: `revision`, `trust_remote_code`, `cache_dir`, `token`.
 
     Raises: ModelError if there is none.
     """
@@ -56,14 +62,19 @@ def load_model(
         name: folder or Hub id of a full model.
         dtype: type of the weights; "auto" and `None` keep the checkpoint's.
         torch_dtype: older name of `dtype`.
-        hub: `revision`, `trust_remote_code`, `load_in_4bit` or `load_in_8bit` with their `bnb_...` options,
-            `quantization_config`, and whatever else `from_pretrained` takes.
+        hub: `revision`, `trust_remote_code`, `cache_dir`, `token`, `config`, `load_in_4bit` or `load_in_8bit` with
+            their `bnb_...` options, `quantization_config`, and whatever else `from_pretrained` takes.
 
     Raises: ModelError if there is no such model, it has pickled weights only, or a package that it needs is missing;
         ConfigError for a type that does not exist, or options that contradict each other.
     """
     dtype = checked_dtype(dtype, torch_dtype)
     check_folder(name, gguf_file)
+    if (Path(name) / ADAPTER_CONFIG).is_file() and not (Path(name) / "config.json").is_file():
+        raise ModelError(
+            f"{name}: is an adapter, which has no weights of a base model. Name its base here "
+            f"({adapter_base(name)}), and the adapter in checkpoint_dir."
+        )
     if attn_implementation is not None:
         hub["attn_implementation"] = attn_implementation
     if gguf_file is None:
@@ -140,7 +151,7 @@ def how_to_install(said: str, attn_implementation: str | None) -> str:
 def load_any(
     name: str, *, trainable_adapter: bool = False, dtype: str | torch.dtype | None = None, **options: Any
 ) -> PreTrainedModel:
-    """A model folder or Hub id as it is; an adapter folder with its base underneath.
+    """A model folder or Hub id as it is; an adapter folder with its base underneath, as it was when it was trained.
 
     Args:
         trainable_adapter: go on training the adapter instead of only using it.
@@ -149,54 +160,37 @@ def load_any(
     base = adapter_base(name)
     if base is None:
         return load_model(name, dtype=dtype, **options)
-    from peft import PeftModel
-
-    model = load_model(base, dtype=dtype, **options)
-    grow_for_adapter(model, name)
-    quiet_bitsandbytes()
-    return PeftModel.from_pretrained(model, name, is_trainable=trainable_adapter)
+    refuse_adapter_as_base(name, base)
+    *earlier, last = with_earlier([name])
+    model = load_model(base, dtype=dtype, **options_with_positions(base, last, options))
+    return put_on(merge_folders(model, earlier), last, trainable=trainable_adapter)
 
 
-def grow_for_adapter(model: PreTrainedModel, folder: str | Path) -> bool:
-    """Give a base the rows of tokens that were added before its adapter was trained; says whether it lacked some.
-
-    Their values are in the adapter. Without the rows peft stops at a size mismatch, or at an index that is not there.
-    """
-    rows = adapter_rows(Path(folder))
-    grows = rows > model.get_input_embeddings().weight.shape[0]
-    if grows:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    return grows
+def options_with_positions(base: str, folder: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `load_model` with the positions that the adapter in `folder` was trained on, if it says so."""
+    told = remembered(folder).get("positions")
+    if not told or "config" in options:
+        return options
+    return {**options, "config": with_positions(load_config(base, **config_options(options)), told)}
 
 
-def adapter_rows(folder: Path) -> int:
-    """Embedding rows that an adapter needs: those it brings, else those that it trains one by one."""
-    from safetensors import safe_open
-
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    indices = config.get("trainable_token_indices") or {}
-    lists = indices.values() if isinstance(indices, dict) else [indices]
-    rows = max((index + 1 for ids in lists for index in ids), default=0)
-    weights = folder / "adapter_model.safetensors"
-    if weights.is_file():
-        with safe_open(weights, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it is no dict)
-                if name.endswith(".weight") and EMBEDDING_NAMES.intersection(name.split(".")):
-                    rows = max(rows, tensors.get_slice(name).get_shape()[0])
-    return rows
+def config_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of `load_model` that say where a config comes from."""
+    names = ("gguf_file", "revision", "trust_remote_code", "cache_dir", "token")
+    return {name: options[name] for name in names if name in options}
 
 
-def adapter_base(name: str) -> str | None:
-    """Name of the base model that an adapter folder was trained on; `None` if `name` is not an adapter folder."""
-    config = Path(name) / ADAPTER_CONFIG
-    if not config.is_file():
-        return None
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+def load_config(name: str, gguf_file: str | None = None, **hub: Any) -> Any:
+    """A model's config; raises ModelError if there is none."""
+    check_folder(name, gguf_file)
+    given = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        return AutoConfig.from_pretrained(name, **given, **hub)
+    except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{config}: base_model_name_or_path is missing, so the adapter's base model is unknown. Add it."
-        )
-    return base
+            f"{name}: its config.json cannot be loaded ({first_line(error)}). Give the folder of a model, or a Hub id "
+            "that this machine can reach or has in its cache."
+        ) from error
 
 
 def check_folder(name: str, gguf_file: str | None = None) -> None:
@@ -265,5 +259,7 @@ def first_line(error: Exception) -> str:
 
 def model_max_length(name: str, **hub: Any) -> int | None:
     """Longest sequence the model was built for, in tokens; `None` if its config does not say."""
-    config = AutoConfig.from_pretrained(adapter_base(name) or name, **hub)
+    config = load_config(adapter_base(name) or name, **hub)
+    told = remembered(name).get("positions") if adapter_base(name) else None
+    config = with_positions(config, told) if told else config
     return getattr(config.get_text_config(), "max_position_embeddings", None)

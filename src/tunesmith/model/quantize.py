@@ -53,17 +53,32 @@ def with_quantization_config(options: dict[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def quantization_options(config: ModelFields, use_cpu: bool = False) -> dict[str, Any]:
-    """What a recipe says about bits, as arguments of `load_model`; nothing where it says nothing."""
-    place = {"device_map": {"": "cpu"}} if use_cpu else {}
-    if config.load_in_4bit:
-        return {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
-            "bnb_4bit_use_double_quant": config.use_bnb_nested_quant,
-            **place,
-        }
-    return {"load_in_8bit": True, **place} if config.load_in_8bit else {}
+def quantization_options(
+    config: ModelFields,
+    use_cpu: bool = False,
+    *,
+    training: bool = True,
+    compute_dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """What a recipe says about bits, as arguments of `load_model`; nothing where it says nothing.
+
+    Args:
+        training: hold the base whole on this process's GPU (`own_device`); otherwise it may spread over all of them.
+        compute_dtype: what 4-bit weights multiply in. `None`: float32, until a bfloat16 run says otherwise
+            (`multiply_in`).
+    """
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return {}
+    place: dict[str, Any] = {"device_map": {"": "cpu"}} if use_cpu else {} if training else {"device_map": "auto"}
+    if config.load_in_8bit:
+        return {"load_in_8bit": True, **place}
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": config.use_bnb_nested_quant,
+        **place,
+        **({} if compute_dtype is None else {"bnb_4bit_compute_dtype": compute_dtype}),
+    }
 
 
 def check_bitsandbytes(quantization_config: Any) -> None:

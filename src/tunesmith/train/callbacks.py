@@ -1,15 +1,14 @@
-"""What a person watches while the trainer trains: files of the run, progress on the terminal, and the loss curve."""
+"""What a person watches while the trainer trains: files of the run, progress on the terminal, sampled answers."""
 
 # ruff: noqa: D102 -- TrainerCallback describes its hooks
 
 import atexit
-import logging
+import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
@@ -18,12 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tunesmith.evaluate.generate import generate_texts
 from tunesmith.evaluate.predict import ask
-from tunesmith.runs import Run, append_line
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-logger = logging.getLogger(__name__)
+from tunesmith.runs import Run, append_line, write_text
 
 TRAINER_LOG_FILE = "trainer_log.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -104,6 +98,8 @@ class RunLogCallback(TrainerCallback):
         self.pace = Pace(tokens_seen)
         self.figures: dict[str, Any] = {}
         self.status_written = -math.inf
+        self.aborted = False
+        """Set it, from another thread too, and training stops after the step that is under way."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -111,14 +107,14 @@ class RunLogCallback(TrainerCallback):
         self.pace.start(state.global_step)
         self.figures = {}
         if state.is_world_process_zero:
-            if state.global_step == 0:  # a resumed run goes on in the same file
-                (self.run.path / TRAINER_LOG_FILE).unlink(missing_ok=True)
+            forget_steps_after(state.global_step, self.run.path / TRAINER_LOG_FILE)
             self._write_status(state, force=True)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.pace.end_step(state.global_step)
+        control.should_training_stop = control.should_training_stop or self.aborted
         if state.is_world_process_zero:
             self._write_status(state)
 
@@ -157,6 +153,8 @@ class RunLogCallback(TrainerCallback):
             "total_steps": state.max_steps,
             "loss": logs.get("loss"),
             "eval_loss": logs.get("eval_loss"),
+            "predict_loss": logs.get("predict_loss"),
+            "reward": logs.get("reward"),
             "learning_rate": logs.get("learning_rate"),
             "epoch": logs.get("epoch"),
             "percentage": round(100 * state.global_step / state.max_steps, 2) if state.max_steps > 0 else None,
@@ -374,84 +372,23 @@ def clock_text(seconds: float, hours: bool = False) -> str:
     return f"{hour}:{minute:02d}:{second:02d}" if hour or hours else f"{minute}:{second:02d}"
 
 
+def forget_steps_after(step: int, path: Path) -> None:
+    """Leave the lines of a trainer log up to the step that training begins from; without any the file goes."""
+    lines = path.read_bytes().splitlines(keepends=True) if step and path.is_file() else []
+    kept = [line for line in lines if step_of(line) <= step]
+    if kept:
+        write_text(path, b"".join(kept).decode())
+    else:
+        path.unlink(missing_ok=True)
+
+
+def step_of(line: bytes) -> float:
+    """The step of a line of the trainer log; infinite for a line that a crash cut short."""
+    try:
+        return float(json.loads(line)["current_steps"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 1)
-
-
-# ---------------------------------------------------------------------------------------------------- the loss curve
-
-
-def plot_loss(log_history: Sequence[Mapping[str, Any]], path: str | Path, title: str = "Training loss") -> Path | None:
-    """Draw training and held-out loss over optimizer steps as a PNG.
-
-    Args:
-        log_history: what `trainer.state.log_history` holds, or `read_metrics` returns.
-        path: the file to write.
-        title: one line over the picture.
-
-    Returns: the path, or None, with a warning in the log, when there is no loss to draw.
-    """
-    training, held_out = _losses(log_history, "loss"), _losses(log_history, "eval_loss")
-    if not training and not held_out:
-        logger.warning("No loss was logged, so %s is not drawn. Lower logging_steps to log sooner.", path)
-        return None
-    from matplotlib.figure import Figure  # not pyplot: no global state, no window system
-
-    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    if training:
-        _draw_training(axes, training)
-    if held_out:
-        label = f"held out (last {held_out[-1][1]:.3g})"
-        axes.plot(*zip(*held_out), color="#d1495b", linewidth=1.6, marker="o", markersize=5, label=label, zorder=4)
-    _draw_axes(axes, [value for _, value in training + held_out], title)
-    path = Path(path)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(staged, format="png")
-    os.replace(staged, path)
-    return path
-
-
-def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average that grows calmer with the number of values: weight 1.8 · (sigmoid(n / 20) − 0.5)."""
-    weight = 1.8 * (1 / (1 + math.exp(-0.05 * len(values))) - 0.5)
-    smoothed: list[float] = []
-    for value in values:
-        last = smoothed[-1] if smoothed else value
-        smoothed.append(weight * last + (1 - weight) * value)
-    return smoothed
-
-
-def _losses(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, loss) of every log that has a finite one."""
-    points = [(int(row["step"]), float(row[key])) for row in log_history if key in row and "step" in row]
-    return [(step, loss) for step, loss in points if math.isfinite(loss)]
-
-
-def _draw_training(axes: "Axes", training: list[tuple[int, float]]) -> None:
-    """Every logged loss in a pale colour, the moving average over it."""
-    steps, losses = zip(*training)
-    dots = {"marker": ".", "markersize": 5} if len(steps) <= 200 else {}
-    axes.plot(steps, losses, color="#9db4c8", linewidth=0.8, label="training", zorder=2, **dots)
-    if len(steps) > 2:
-        smoothed = smooth(smooth(losses)[::-1])[::-1]  # once in each direction: one pass lags behind a falling loss
-        label = f"training, smoothed (last {smoothed[-1]:.3g})"
-        axes.plot(steps, smoothed, color="#1f5a87", linewidth=2, label=label, zorder=3)
-
-
-def _draw_axes(axes: "Axes", losses: list[float], title: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    low, high = min(losses), max(losses)
-    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    # From zero where the curve comes near it; else from just below the lowest point, or a small change would not show.
-    axes.set_ylim(0 if 0 <= low < 0.4 * high else low - margin, high + margin)
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10], integer=True))
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per trained token)")
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper right", fontsize=9, framealpha=0.85, edgecolor="none")

@@ -6,6 +6,7 @@ from typing import Any
 import datasets
 import torch
 from torch import nn
+from transformers.training_args import ParallelMode
 
 from tunesmith.errors import ConfigError
 from tunesmith.model.adapt import has_adapter, hold_in_float32, upcast_trainable
@@ -27,6 +28,8 @@ def settled(args: SFTConfig, model: nn.Module, train_dataset: Any) -> tuple[SFTC
         lines.append(f"weights: {count} trained tensors held in float32 (half precision loses small updates)")
     if args.bf16 is None:
         lines.append(choose_precision(args, args.device))
+    elif args.bf16 and args.device.type == "cpu" and not bf16_is_faster(args.device, at_least=1.0):
+        lines.append("precision: bfloat16 products, as asked (float32 would be faster on this cpu)")
     if not (args.bf16 or args.fp16) and (count := hold_in_float32(model)):
         lines.append(f"weights: {count} frozen tensors held in float32 too, as products are (bf16=True: as loaded)")
     args.mixed_precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
@@ -36,18 +39,40 @@ def settled(args: SFTConfig, model: nn.Module, train_dataset: Any) -> tuple[SFTC
         args.gradient_checkpointing_kwargs = {"use_reentrant": False}
     if has_adapter(model):
         require_input_grads(model, args.gradient_checkpointing, args.gradient_checkpointing_kwargs)
-    if args.bf16 and is_quantized(model):
-        multiply_in(model, torch.bfloat16)
-        if args.upcast_trainable is False:
+    if (args.bf16 or args.fp16) and is_quantized(model):
+        multiply_in(model, torch.bfloat16 if args.bf16 else torch.float16)
+        if args.bf16 and args.upcast_trainable is False:
             hold_adapters_in(model, torch.bfloat16)
+    if choose_unused_search(args, model):
+        lines.append("ddp: no search for unused parameters, since every adapter is used (ddp_find_unused_parameters)")
     if hasattr(args, "activation_checkpointing"):  # the names since transformers 5.2x
         args.activation_checkpointing = args.gradient_checkpointing
         args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs
     return args, lines
 
 
+def choose_unused_search(args: SFTConfig, model: nn.Module) -> bool:
+    """Spare DDP its walk over the graph after each step where nobody asked for it; says whether it did.
+
+    transformers walks for everything that is no `PreTrainedModel`, a `PeftModel` among them. Every step uses every
+    adapter, but for those on experts, to which a step may send no token.
+    """
+    if args.parallel_mode is not ParallelMode.DISTRIBUTED or args.ddp_find_unused_parameters is not None:
+        return False
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not has_adapter(model) or any("experts" in name for name in trained):
+        return False
+    args.ddp_find_unused_parameters = False
+    return True
+
+
 def check(args: SFTConfig, model: nn.Module) -> None:
     """Raise ConfigError for options that this model or machine cannot act on."""
+    if args.bf16 and args.device.type == "cuda" and not bf16_is_faster(args.device):
+        raise ConfigError(
+            f"bf16: {torch.cuda.get_device_name(args.device)} has no bfloat16 arithmetic (GPUs of compute capability "
+            "8.0 have it) and would emulate it, slower than float32. Set fp16: true, or leave bf16 out."
+        )
     if args.fp16 and args.device.type == "cpu":
         raise ConfigError(
             "fp16: nothing multiplies in float16 on a cpu, so it would be float32. Leave it out, or set bf16=True."

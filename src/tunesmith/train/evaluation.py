@@ -1,13 +1,15 @@
 """Evaluation per trained token: the same figures for every batch size, layout and number of processes."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_length
 
 from tunesmith.errors import ConfigError
 from tunesmith.lookup import did_you_mean
@@ -39,7 +41,8 @@ class EvaluatingTrainer(TokenTrainer):
             self._check_key(eval_dataset)
         elif eval_dataset is not None:
             eval_dataset = self._prepared("eval_dataset", eval_dataset)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
+        with undisturbed(self.model, self.args.device):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
 
     def _check_key(self, key: str) -> None:
         """Raise ConfigError for a name that none of the evaluation sets has."""
@@ -59,9 +62,9 @@ class EvaluatingTrainer(TokenTrainer):
 
         For written answers use `evaluate.predict.predict`, or `tunesmith predict`.
         """
-        return super().predict(
-            self._prepared("test_dataset", test_dataset), ignore_keys, metric_key_prefix, **gen_kwargs
-        )
+        test_dataset = self._prepared("test_dataset", test_dataset)
+        with undisturbed(self.model, self.args.device):
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """Padded rows: predictions are handed out row by row."""
@@ -128,7 +131,7 @@ class EvaluatingTrainer(TokenTrainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             batches += 1
         rows = dataloader.dataset
-        return len(rows) if hasattr(rows, "__len__") else batches * self.args.eval_batch_size
+        return len(rows) if has_length(rows) else batches * self.args.eval_batch_size * self.args.world_size
 
     def _add(self, found: Any, inputs: dict[str, Any]) -> None:
         count = loss_request(inputs).targets.numel()
@@ -152,6 +155,25 @@ class EvaluatingTrainer(TokenTrainer):
             rows = outputs.logits.reshape(-1, outputs.logits.shape[-1])[request.index]
             self._add(request.from_logits(rows), inputs)
         return loss, outputs
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Afterwards each module trains or not as before, and random numbers go on as if nothing had been evaluated.
+
+    A DataLoader draws a seed whenever it is read, and callbacks may sample; dropout in the next step would differ.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    states = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for module, training in modes:
+            module.training = training
 
 
 def figures_of(loss: float, weight: float, correct: float, entropy: float, count: float) -> dict[str, float]:

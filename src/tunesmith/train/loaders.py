@@ -1,6 +1,6 @@
 """DataLoaders over token rows: this process's batches, exactly once each, in an order drawn from (seed, epoch)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
+from tunesmith.data.prepare import batched
 from tunesmith.errors import ConfigError
 from tunesmith.train.batching import EpochSampler, RankBatches, TokenBudgetBatches
 from tunesmith.train.options import SFTConfig
@@ -64,6 +65,28 @@ def stream_loader(dataset: IterableDataset, batch_size: int, collate: Callable, 
         put_on_device=True,
         dispatch_batches=False,  # a flat batch cannot be cut into equal parts
     )
+
+
+def eval_stream_loader(dataset: IterableDataset, collate: Callable, args: TrainingArguments) -> DataLoader:
+    """A stream's rows, each once: accelerate would fill the last batch with rows that have been counted already."""
+    if args.world_size == 1:
+        return stream_loader(dataset, args.eval_batch_size, collate, args)
+    shares = RankShares(dataset, args.eval_batch_size, rank=args.process_index, ranks=args.world_size)
+    made = DataLoader(shares, batch_size=None, collate_fn=collate, **workers(args))
+    alone = {"num_processes": 1, "process_index": 0, "dispatch_batches": False}
+    return prepare_data_loader(made, args.device, put_on_device=True, **alone)
+
+
+class RankShares(IterableDataset):
+    """This process's part of each global batch of a stream, as `RankBatches` shares out rows that can be counted."""
+
+    def __init__(self, rows: Iterable[Any], batch_size: int, *, rank: int, ranks: int):
+        self.rows, self.batch_size, self.rank, self.ranks = rows, batch_size, rank, ranks
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for batch in batched(self.rows, self.batch_size * self.ranks):
+            first, stop = (len(batch) * rank // self.ranks for rank in (self.rank, self.rank + 1))
+            yield batch[first:stop]
 
 
 def workers(args: TrainingArguments) -> dict[str, Any]:

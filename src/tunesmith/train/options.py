@@ -222,12 +222,7 @@ def check_values(args: SFTConfig) -> None:
 
 
 def check_supported(args: SFTConfig) -> None:
-    """Raise ConfigError for what the trainer cannot do yet; warn of what nothing will read."""
-    if args.predict_with_generate:
-        raise ConfigError(
-            "SFTConfig: predict_with_generate: evaluation does not write answers yet. Remove it; `tunesmith predict` "
-            "writes them for a trained model."
-        )
+    """Warn of what nothing will read."""
     if args.logging_dir is not None and "tensorboard" not in args.report_to and "all" not in args.report_to:
         warnings.warn(
             f"logging_dir: nothing will be written to {args.logging_dir}, which only TensorBoard uses. "

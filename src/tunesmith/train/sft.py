@@ -34,8 +34,8 @@ from tunesmith.train.choose import keeps_masters, settled
 from tunesmith.train.collate import FlatCollator, LocatedCollator, PaddedCollator
 from tunesmith.train.completion_only import DataCollatorForCompletionOnlyLM, LabelsForReport
 from tunesmith.train.datasets import prepared, prepared_mixture
-from tunesmith.train.evaluation import EvaluatingTrainer
-from tunesmith.train.loaders import eval_batches, loader, stream_loader, train_batches
+from tunesmith.train.generation import GeneratingTrainer
+from tunesmith.train.loaders import eval_batches, eval_stream_loader, loader, stream_loader, train_batches
 from tunesmith.train.loss import loss_kind
 from tunesmith.train.options import SFTConfig, as_sft_config, modernized
 from tunesmith.train.processing import one_of, processing_for, tokenizer_in
@@ -48,7 +48,7 @@ MODEL_COLUMNS = ("input_ids", "labels", "weights", "seq_lengths")
 DEFAULT_MAX_LENGTH = 1024
 
 
-class SFTTrainer(EvaluatingTrainer):
+class SFTTrainer(GeneratingTrainer):
     """Fine-tune a causal language model on examples.
 
     The arguments stand in TRL 0.13's order; those of later versions are keywords.
@@ -302,7 +302,7 @@ class SFTTrainer(EvaluatingTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """This process's evaluation batches; padded rows where `compute_metrics` wants logits row by row."""
-        if self.compute_metrics is not None:
+        if self.compute_metrics is not None and not self._writes:
             with self._padded_batches():
                 return super().get_eval_dataloader(eval_dataset)
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -310,7 +310,7 @@ class SFTTrainer(EvaluatingTrainer):
         if dataset is None:
             raise ConfigError("eval_dataset is missing. Give it to SFTTrainer or to evaluate().")
         if isinstance(dataset, IterableDataset | datasets.IterableDataset):
-            return stream_loader(dataset, self.args.eval_batch_size, self._collator("evaluation", dataset), self.args)
+            return eval_stream_loader(dataset, self._collator("evaluation", dataset), self.args)
         if not self._own_batches and self.args.world_size > 1:
             return super().get_eval_dataloader(eval_dataset)
         batches, collate = eval_batches(dataset, self.args), self._collator("evaluation", dataset)

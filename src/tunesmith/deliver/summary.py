@@ -1,0 +1,101 @@
+"""What a person reads before and after training: the rows, the answers, the figures, and what to type next."""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tunesmith.data.report import Report
+from tunesmith.evaluate.predict import Comparison, before_after_table
+
+# Figures of the last lines: key, what it is called, how it is written.
+FIGURES = (
+    ("loss", "loss", "{:.3f}"),
+    ("mean_token_accuracy", "token accuracy", "{:.1%}"),
+    ("accuracy", "pairs told apart", "{:.1%}"),
+    ("bleu-4", "BLEU-4", "{:.1f}"),
+    ("rouge-l", "ROUGE-L", "{:.1f}"),
+)
+
+
+def show_reports(report: Report | None, held_out: Mapping[str, Report], console: Console) -> None:
+    """The report of each set."""
+    if report is not None:
+        report.table(console)
+    for name, one in held_out.items():
+        console.out(f"held out{name and f' ({name})'}:", highlight=False)
+        one.table(console)
+
+
+def show_answers(
+    shown: Sequence[Comparison],
+    compared: int,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    console: Console,
+) -> None:
+    """A few held-out prompts with what the model answered before and after training."""
+    console.out(f"{compared} held-out prompts answered before and after training, {len(shown)} of them:")
+    before_after_table(shown, console, before, after)
+
+
+def show_results(
+    folder: Path, figures: Mapping[str, Any], phases: Sequence[str], sets: Sequence[str], kind: str, console: Console
+) -> None:
+    """The end of the output: figures, where everything lies, what to type next.
+
+    Args:
+        folder: the run directory.
+        figures: as in `all_results.json`.
+        phases: of train, eval, predict those that ran.
+        sets: names of the evaluation sets; "" is the only one.
+        kind: "adapter" or "model": what was trained.
+    """
+    lines = [training_line(figures)] if "train" in phases else []
+    lines += figure_lines(figures, "eval", sets) + figure_lines(figures, "predict", [""])
+    if "train" in phases:
+        lines.append(f"{kind + ':':12}{folder}")
+    lines += [f"{'loss curve:':12}{folder / name}" for name in ("training_loss.png",) if (folder / name).is_file()]
+    if "predict" in phases:
+        lines.append(f"{'answers:':12}{folder / 'generated_predictions.jsonl'}")
+    lines.append(f"{'figures:':12}{folder / 'all_results.json'}")
+    if "train" in phases:
+        lines.append(f"{'next:':12}{own_command()} chat {folder}")
+    for line in lines:
+        console.out(line, highlight=False)
+
+
+def training_line(figures: Mapping[str, Any]) -> str:
+    """Time, tokens and speed of the training."""
+    seconds, tokens = figures["train_runtime"], figures["train_tokens"]
+    return f"trained in {clock(seconds)}: {tokens:,} tokens, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
+
+
+def figure_lines(figures: Mapping[str, Any], phase: str, sets: Sequence[str]) -> list[str]:
+    """`held-out loss 1.234, token accuracy 61.0%` for each evaluation set of a phase."""
+    word = {"eval": "held-out", "predict": "predicted"}[phase]
+    lines = []
+    for name in sets:
+        prefix = f"{phase}_{name}_" if name else f"{phase}_"
+        found = [(figures.get(prefix + figure), label, form) for figure, label, form in FIGURES]
+        if parts := [f"{label} {form.format(value)}" for value, label, form in found if isinstance(value, float)]:
+            lines.append(f"{word}{name and f' ({name})'} {', '.join(parts)}")
+    return lines
+
+
+def own_command() -> str:
+    """What to type for this program here: its name, or its path where the shell would not find the name."""
+    called = Path(sys.argv[0])
+    if called.name != "tunesmith":
+        return "python -m tunesmith"
+    return "tunesmith" if shutil.which("tunesmith") else os.path.relpath(called)
+
+
+def clock(seconds: float) -> str:
+    """1:05 for 65 seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
