@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from tunesmith.data.report import Bin, Report, draw, histogram, place, preview, visible
+from tunesmith.data.report import Bin, Report, draw, first_row_lines, histogram, place, preview, visible
 from tunesmith.data.rows import Row
 from tunesmith.errors import DataError
 
@@ -317,3 +317,26 @@ def test_a_row_of_many_stretches_loses_its_middle():
     shown = preview([tokens(*["a", ["b"]] * 500)], ByteTokenizer())
     assert "⋯ 940 stretches ⋯" in shown
     assert shown.count("⟦b⟧") == 30
+
+
+# workflow: P7
+def test_the_first_row_is_shown_as_ids_and_as_text():
+    row = tokens("^hi\n", ["yes\x1b[2J$"])
+    assert first_row_lines([row, tokens("other")], ByteTokenizer()) == [
+        "input_ids:",
+        "[256, 104, 105, 10, 121, 101, 115, 27, 91, 50, 74, 257]",
+        "inputs:",
+        "<|start|>hi",
+        "yes\\x1b[2J<|end|>",
+        "label_ids:",
+        "[-100, -100, -100, -100, 121, 101, 115, 27, 91, 50, 74, 257]",
+        "labels:",
+        "yes\\x1b[2J<|end|>",
+    ]
+
+
+def test_rows_without_labels_and_rows_of_pairs_are_shown_as_far_as_they_go():
+    row = {"chosen_ids": [97], "rejected_ids": [98], "line": 3}
+    lines = ["chosen_ids:", "[97]", "chosen:", "a", "rejected_ids:", "[98]", "rejected:", "b"]
+    assert first_row_lines(iter([row]), ByteTokenizer()) == lines
+    assert first_row_lines([], ByteTokenizer()) == []

@@ -323,6 +323,26 @@ def test_vanilla_writes_the_last_exchange_and_the_report_counts_the_others():
         render({"messages": [SYSTEM, *TWO]}, tokenizer)
 
 
+# workflow: P4
+@pytest.mark.parametrize(
+    ("limit", "ends"), [(None, ["A1 long</s>", "A2</s>"]), (2, ["A1", "A2"]), (3, ["A1 ", "A2</s>"])]
+)
+def test_a_cut_answer_does_not_teach_to_stop_there_though_no_stop_token_is_written(limit, ends):
+    tokenizer, messages = made_for("baichuan"), as_messages(None, [("Q1", "A1 long"), ("Q2", "A2")])
+    how = Encoding(max_target_length=limit, max_source_length=99)
+    (encoded,) = encode_batch([{"messages": messages}], tokenizer, how, Report())
+    trained = [label for label in encoded.tokens["labels"] if label != IGNORE_INDEX]
+    assert tokenizer.decode(trained) == "".join(ends)
+
+
+# workflow: T3
+def test_vanilla_with_limits_knows_its_last_answer():
+    how = Encoding(max_target_length=1, max_source_length=99)
+    example = {"messages": TWO, "source": "a.jsonl", "line": 1}
+    (encoded,) = encode_batch([example], made_for("vanilla"), how, Report())
+    assert made_for("vanilla").decode(encoded.tokens["input_ids"]) == "<s>Q2A"
+
+
 # workflow: T3
 def test_vanilla_trains_the_completion_alone_although_the_prompt_is_cut():
     row = render({"prompt": TWO[:3], "completion": TWO[3:]}, made_for("vanilla"))

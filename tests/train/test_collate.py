@@ -1,7 +1,10 @@
 """Batches are read as text: what stands where, and what the loss looks at."""
 
+import copy
+
 import pytest
 import torch
+from transformers import DataCollatorForSeq2Seq
 
 from tests.train.rows import token_rows
 from tunesmith.train.collate import FlatCollator, PaddedCollator, loss_positions
@@ -82,3 +85,48 @@ def test_no_rows_make_a_batch_that_trains_nothing(collator):
     batch = collator([])
     assert batch["num_tokens"] == len(batch["loss_targets"]) == 0
     assert batch["input_ids"].numel() == 1
+
+
+# workflow: C1
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("ignores", [True, False])
+def test_padding_is_that_of_the_seq2seq_collator(byte_tokenizer, side, ignores):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.padding_side = side
+    pad = tokenizer.pad_token_id
+    rows = [{key: row[key] for key in ("input_ids", "labels")} for row in ROWS]
+    expected = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100 if ignores else pad)(copy.deepcopy(rows))
+    batch = PaddedCollator(pad, padding_side=side, ignore_pad_token_for_loss=ignores)(rows)
+    expected["labels"][1, 1 if side == "left" else 0] = -100  # nothing predicts the first token of a row
+    for key in ("input_ids", "attention_mask", "labels"):
+        assert batch[key].tolist() == expected[key].tolist()
+
+
+# workflow: C1
+def test_on_the_left_positions_begin_with_the_row(make_tiny_model):
+    left = PaddedCollator(5, padding_side="left", pad_to_multiple_of=4)(ROWS)
+    right = PaddedCollator(5)(ROWS)
+    assert left["position_ids"].tolist() == [[0, 0, 1, 2], [0, 0, 0, 1]]
+    assert left["loss_targets"].tolist() == right["loss_targets"].tolist()
+    assert left["loss_weights"].tolist() == right["loss_weights"].tolist()
+    model = make_tiny_model()
+    inputs = ("input_ids", "attention_mask", "position_ids")
+    logits = [
+        model(**{key: batch[key] for key in inputs if key in batch}).logits.flatten(0, 1)[batch["loss_index"]]
+        for batch in (left, right)
+    ]
+    torch.testing.assert_close(*logits)
+
+
+# workflow: C1
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_that_is_not_ignored_is_trained(side):
+    batch = PaddedCollator(7, padding_side=side, ignore_pad_token_for_loss=False)([ROWS[0], ROWS[1], ROWS[1]])
+    assert batch["loss_targets"].tolist().count(7) == (2 if side == "right" else 0)
+    wide = PaddedCollator(7, 8, side, ignore_pad_token_for_loss=False)([ROWS[1]])
+    assert wide["loss_targets"].tolist().count(7) == (6 if side == "right" else 5)
+    assert wide["loss_weights"].tolist().count(1.0) == wide["loss_targets"].tolist().count(7)
+
+
+def test_no_rows_train_nothing_even_where_padding_is_trained():
+    assert PaddedCollator(7, 8, ignore_pad_token_for_loss=False)([])["loss_targets"].numel() == 0

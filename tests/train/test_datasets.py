@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict
 from transformers import DataCollatorForLanguageModeling
 
 import tunesmith.data.encode
+import tunesmith.data.parallel
 from tests import tiny
 from tunesmith.data.report import Report
 from tunesmith.data.rows import RowError
@@ -599,7 +600,7 @@ def test_workers_do_not_run_the_persons_script_again(monkeypatch, tmp_path):
     monkeypatch.setattr(SpawnProcess, "_Popen", staticmethod(lambda process: get_preparation_data("worker")))
     main = sys.modules["__main__"]
     assert "init_main_from_path" in get_preparation_data("worker")
-    assert not {"init_main_from_path", "init_main_from_name"} & tunesmith.data.encode._Worker._Popen(None).keys()
+    assert not {"init_main_from_path", "init_main_from_name"} & tunesmith.data.parallel._Worker._Popen(None).keys()
     assert sys.modules["__main__"] is main
 
 

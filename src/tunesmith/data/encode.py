@@ -1,27 +1,24 @@
-"""Examples → token rows that fit: rendered, tokenized, cut or dropped, batch by batch, here or in worker processes."""
+"""Examples → token rows that fit: rendered, tokenized, cut or dropped, a batch at a time."""
 
-import os
-import sys
-import types
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.context import SpawnContext, SpawnProcess
-from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunesmith.data import IGNORE_INDEX
 from tunesmith.data.chat_template import place_of
 from tunesmith.data.normalize import Example
-from tunesmith.data.render import Rendered, drop_oldest_turns, render
+from tunesmith.data.render import Rendered, drop_oldest_turns, render, render_prompt
 from tunesmith.data.report import Report
 from tunesmith.data.rows import RowError
-from tunesmith.data.tokenize import Tokens, tokenize, truncate
+from tunesmith.data.tokenize import Tokens, encode_straight, encoder_of, tokenize, truncate
+from tunesmith.data.turn_limits import Limits, find_turns, fits, has_turns, limited
 from tunesmith.errors import DataError, TemplateError
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding as TextEncoding
     from transformers import PreTrainedTokenizerBase
+
+    from tunesmith.data.normalize import Message
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,10 @@ class Encoding:
     """Ids → labels, in place of those that `train_on` gives."""
     chat_template_kwargs: Mapping[str, Any] | None = None
     """Variables of the template; an example's own win."""
+    max_source_length: int | None = None
+    """Tokens of what stands before an answer, see `turn_limits`. `None`: any number."""
+    max_target_length: int | None = None
+    """Tokens of an answer. `None`: any number."""
 
     def render(self, example: Example, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
         """`render.render` with these options."""
@@ -51,6 +52,25 @@ class Encoding:
             add_special_tokens=self.add_special_tokens,
             chat_template_kwargs=self.chat_template_kwargs,
         )
+
+    def render_prompt(
+        self, messages: Sequence["Message"], example: Example, tokenizer: "PreTrainedTokenizerBase"
+    ) -> Rendered:
+        """The beginning of the example's conversation up to its next answer, with these options."""
+        return render_prompt(
+            messages,
+            tokenizer,
+            tools=example.get("tools"),
+            where=place_of(example),
+            chat_template_kwargs={**(self.chat_template_kwargs or {}), **(example.get("chat_template_kwargs") or {})},
+        )
+
+    @property
+    def limits(self) -> Limits | None:
+        """Those of turns, if there are any."""
+        if self.max_source_length is None and self.max_target_length is None:
+            return None
+        return Limits(self.max_source_length, self.max_target_length, self.max_length)
 
 
 class Encoded(NamedTuple):
@@ -71,57 +91,74 @@ def encode_batch(
     Raises: RowError, TemplateError for an example that cannot be labelled exactly, unless skipped; DataError for one
         that is too long under `too_long="error"`.
     """
+    rows = rendered_rows(examples, tokenizer, how, report)
+    encoder = encoder_of(tokenizer) if tokenizer.is_fast else None
+    straight = encode_straight([row for _, row in rows], encoder)
+    return labelled_rows(examples, rows, straight, tokenizer, how, report)
+
+
+def rendered_rows(
+    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", how: Encoding, report: Report
+) -> list[tuple[int, Rendered]]:
+    """Each example's index and text; bad ones raise or are counted."""
+    rows: list[tuple[int, Rendered]] = []
+    for index, example in enumerate(examples):
+        try:
+            rows.append((index, how.render(example, tokenizer)))
+        except (RowError, TemplateError) as error:
+            if how.on_bad_row == "error":
+                raise
+            report.dropped(getattr(error, "reason", "template"), example, str(error))
+    return rows
+
+
+def labelled_rows(
+    examples: Sequence[Example],
+    rows: Sequence[tuple[int, Rendered]],
+    straight: "Sequence[TextEncoding]",
+    tokenizer: "PreTrainedTokenizerBase",
+    how: Encoding,
+    report: Report,
+) -> list[Encoded]:
+    """The rendered rows with labels, within all limits; bad ones raise or are counted, and so is what is kept."""
+    failed: set[int] = set()
+    split: set[int] = set()
+
+    def on_error(number: int, error: RowError) -> None:
+        example = examples[rows[number][0]]
+        if how.on_bad_row == "error":
+            raise error.at(example.get("source", "example"), example.get("line", number + 1))
+        failed.add(number)
+        report.dropped(error.reason, example, str(error))
+
     kept = []
-    for index, tokens, is_split, left_out in _tokenized(examples, tokenizer, how, report):
-        fitted = fit(examples[index], tokens, tokenizer, how, report)
+    found = tokenize([row for _, row in rows], tokenizer, lambda number, _: split.add(number), on_error, straight)
+    for number, ((index, row), tokens) in enumerate(zip(rows, found)):
+        fitted = None if number in failed else fit(examples[index], tokens, tokenizer, how, report)
         if fitted is not None:
             kept.append(Encoded(index, fitted))
-            if is_split:
+            if number in split:
                 what = "the answer's first token is not merged with the prompt's last"
                 report.changed("split-at-boundary", examples[index], what)
-            if left_out:
-                what = f"{left_out} earlier turns, which the template does not write"
+            if row.left_out:
+                what = f"{row.left_out} earlier turns, which the template does not write"
                 report.changed("history-left-out", examples[index], what)
     report.add_tokens(tokens for _, tokens in kept)
     report.kept += len(kept)
     return kept
 
 
-def _tokenized(
-    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", how: Encoding, report: Report
-) -> Iterator[tuple[int, Tokens, bool, int]]:
-    """Each example's index and tokens, whether its answer was encoded apart, and how many turns its template left out.
-
-    Bad ones raise or are counted.
-    """
-    rendered: list[tuple[int, Rendered]] = []
-    for index, example in enumerate(examples):
-        try:
-            rendered.append((index, how.render(example, tokenizer)))
-        except (RowError, TemplateError) as error:
-            if how.on_bad_row == "error":
-                raise
-            report.dropped(getattr(error, "reason", "template"), example, str(error))
-    failed: set[int] = set()
-    split: set[int] = set()
-
-    def on_error(number: int, error: RowError) -> None:
-        example = examples[rendered[number][0]]
-        if how.on_bad_row == "error":
-            raise error.at(example.get("source", "example"), example.get("line", number + 1))
-        failed.add(number)
-        report.dropped(error.reason, example, str(error))
-
-    tokens = tokenize([row for _, row in rendered], tokenizer, lambda number, _: split.add(number), on_error)
-    for number, (index, row) in enumerate(rendered):
-        if number not in failed:
-            yield index, tokens[number], number in split, row.left_out
-
-
 def fit(
     example: Example, tokens: Tokens, tokenizer: "PreTrainedTokenizerBase", how: Encoding, report: Report
 ) -> Tokens | None:
-    """The tokens within `how.max_length` and labelled; `None` for a row that is dropped, which is then counted."""
+    """The tokens within all limits and labelled; `None` for a row that is dropped, which is then counted."""
+    try:
+        tokens, cuts = _with_short_turns(example, tokens, tokenizer, how)
+    except (RowError, TemplateError) as error:
+        if how.on_bad_row == "error":
+            raise
+        report.dropped(getattr(error, "reason", "template"), example, str(error))
+        return None
     fitted, reason, size = tokens, "", f"{len(tokens['input_ids'])} tokens, max_length is {how.max_length}"
     if how.max_length is not None and len(tokens["input_ids"]) > how.max_length:
         fitted, reason = _shortened(example, tokens, tokenizer, how, size)
@@ -130,15 +167,30 @@ def fit(
         return None
     if how.label_with is not None:
         fitted = {**fitted, "labels": own_labels(example, fitted["input_ids"], how.label_with)}
-    if any(label != IGNORE_INDEX for label in fitted["labels"][1:]):
-        if reason:
-            report.changed(reason, example, size)
+    labels = fitted["labels"]
+    if len(labels) - labels.count(IGNORE_INDEX) > (labels[:1] != [IGNORE_INDEX]):  # the first token has no prediction
+        for what, detail in (cuts | ({reason: size} if reason else {})).items():
+            report.changed(what, example, detail)
         return fitted
-    why = "what would be trained lies beyond max_length" if reason else ""
+    why = "what would be trained lies beyond max_length" if reason or cuts else ""
     if how.label_with is not None:
         why = "the collator's template does not occur in it" + (", or was cut off" if reason else "")
     report.dropped("no-trained-token", example, why)
     return None
+
+
+def _with_short_turns(
+    example: Example, tokens: Tokens, tokenizer: "PreTrainedTokenizerBase", how: Encoding
+) -> tuple[Tokens, dict[str, str]]:
+    """The tokens with sources and targets cut, and what was done: reason → detail."""
+    limits = how.limits
+    if limits is None or not has_turns(example, how.train_on) or fits(tokens, limits):
+        return tokens, {}
+    rendered = how.render(example, tokenizer)
+    turns = find_turns(
+        example, rendered, tokens, tokenizer, how.train_on, lambda some: how.render_prompt(some, example, tokenizer)
+    )
+    return limited(tokens, turns, limits)
 
 
 def own_labels(example: Example, ids: list[int], label_with: Callable[[list[int]], list[int]]) -> list[int]:
@@ -162,83 +214,9 @@ def _shortened(
     if how.too_long in ("truncate", "truncate_left"):
         return truncate(tokens, how.max_length, "left" if how.too_long == "truncate_left" else "right"), "cut"
     shorter: Example | None = example
-    while how.too_long == "keep_last_turns" and (shorter := drop_oldest_turns(shorter)) is not None:
+    keeps_last = how.too_long == "keep_last_turns" and how.limits is None  # which keep the first turns
+    while keeps_last and (shorter := drop_oldest_turns(shorter)) is not None:
         found = tokenize([how.render(shorter, tokenizer)], tokenizer)[0]
         if len(found["input_ids"]) <= how.max_length:
             return found, "turns-dropped"
     return None, "too-long"
-
-
-# Several processes -------------------------------------------------------------------------------------------------
-
-
-def encode_batches(
-    batches: Iterable[Sequence[Example]],
-    tokenizer: "PreTrainedTokenizerBase",
-    how: Encoding,
-    report: Report,
-    num_proc: int | None = None,
-) -> Iterator[tuple[Sequence[Example], list[Encoded]]]:
-    """`encode_batch` of each batch, in their order and with the same result for every number of processes.
-
-    Args:
-        batches: read a few ahead of what is taken, never all at once.
-        num_proc: worker processes; `None` or 1: this one.
-    """
-    if num_proc is None or num_proc < 2:
-        for batch in batches:
-            yield batch, encode_batch(batch, tokenizer, how, report)
-        return
-    waiting: deque[tuple[Sequence[Example], Future]] = deque()
-    is_of_script = type(tokenizer).__module__ == "__main__"  # which workers must then import
-    context = SpawnContext() if is_of_script else _WorkerContext()
-    with ProcessPoolExecutor(num_proc, context, _start_worker, (tokenizer, how)) as pool:
-        try:
-            for batch in batches:
-                waiting.append((batch, pool.submit(_work, batch)))
-                if len(waiting) > 2 * num_proc:
-                    yield _result(*waiting.popleft(), report)
-            while waiting:
-                yield _result(*waiting.popleft(), report)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _result(batch: Sequence[Example], future: Future, report: Report) -> tuple[Sequence[Example], list[Encoded]]:
-    encoded, part = future.result()
-    report.add(part)
-    return batch, encoded
-
-
-_OF_WORKER: dict[str, Any] = {}  # filled in worker processes only
-
-
-def _start_worker(tokenizer: "PreTrainedTokenizerBase", how: Encoding) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _OF_WORKER.update(tokenizer=tokenizer, how=how)
-
-
-def _work(batch: Sequence[Example]) -> tuple[list[Encoded], Report]:
-    part = Report()
-    return encode_batch(batch, _OF_WORKER["tokenizer"], _OF_WORKER["how"], part), part
-
-
-class _Worker(SpawnProcess):
-    """A spawned process that does not import the person's script.
-
-    Python would import it to find what the script defines, and so run again what stands outside of
-    `if __name__ == "__main__"`: loading the model, and starting workers. Nothing of the script is needed here.
-    """
-
-    @staticmethod
-    def _Popen(process: BaseProcess) -> Any:
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            return SpawnProcess._Popen(process)
-        finally:
-            sys.modules["__main__"] = main
-
-
-class _WorkerContext(SpawnContext):
-    Process = _Worker

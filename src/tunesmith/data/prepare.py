@@ -5,15 +5,19 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import datasets
+from datasets.table import InMemoryTable
 
+from tunesmith.data.cache import Cache, key_of
 from tunesmith.data.detect import describe_format, detect_format
-from tunesmith.data.encode import Encoding, encode_batches
+from tunesmith.data.encode import Encoding
 from tunesmith.data.normalize import Example, count_duplicates, normalize
+from tunesmith.data.parallel import encode_batches, num_workers
 from tunesmith.data.report import Report
 from tunesmith.data.rows import Row, RowError
-from tunesmith.data.tokenize import Tokens
+from tunesmith.data.tokenize import Tokens, token_table
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 1000
@@ -87,6 +91,7 @@ def encode_examples(
     *,
     batch_size: int | None = BATCH_ROWS,
     num_proc: int | None = None,
+    cache: Cache | None = None,
     **encoding: Any,
 ) -> datasets.Dataset:
     """Examples as rows of `input_ids`, `labels` and, if some differ from 1, `weights`.
@@ -94,14 +99,24 @@ def encode_examples(
     Args:
         report: every row that is dropped or changed is counted there, and the tokens of those kept.
         batch_size: examples at once; `None` or below 1: all.
-        num_proc: processes; `None`: this one.
+        num_proc: processes; `None`: chosen by rows and cores, see `parallel.num_workers`.
+        cache: where the rows are kept and read again, see `cache.cache_of`; `None`: nowhere.
         encoding: options of `Encoding`.
 
     Raises: RowError, TemplateError for an example that cannot be labelled exactly, unless skipped; DataError for one
         that is too long under `too_long="error"`.
     """
-    parts = encode_batches(batched(examples, batch_size), tokenizer, Encoding(**encoding), report, num_proc)
-    return joined([as_dataset([tokens for _, tokens in encoded]) for _, encoded in parts])
+    how = Encoding(**encoding)
+
+    def encoded(counts: Report) -> datasets.Dataset:
+        workers = num_workers(num_proc, len(examples), tokenizer, how)
+        parts = encode_batches(batched(examples, batch_size), tokenizer, how, counts, workers)
+        return joined([dataset_of(part.table) for part in parts])
+
+    if cache is None:
+        return encoded(report)
+    key = key_of(examples, tokenizer, vars(how)) if len(examples) >= cache.min_rows else None
+    return cache.fetch(key, encoded, report, len(examples))
 
 
 def batched(items: Iterable[Item], size: int | None) -> Iterator[list[Item]]:
@@ -113,14 +128,12 @@ def batched(items: Iterable[Item], size: int | None) -> Iterator[list[Item]]:
 
 def as_dataset(tokens: Sequence[Tokens]) -> datasets.Dataset:
     """Token lists as a `datasets.Dataset`; `weights` only if some row has them."""
-    columns: dict[str, list[Any]] = {
-        "input_ids": [row["input_ids"] for row in tokens],
-        "labels": [row["labels"] for row in tokens],
-    }
-    if any(row.get("weights") is not None for row in tokens):
-        columns["weights"] = [row.get("weights") or [1.0] * len(row["input_ids"]) for row in tokens]
-    types = datasets.Features({name: TOKEN_TYPES[name] for name in columns})
-    return datasets.Dataset.from_dict(columns, features=types)
+    return dataset_of(token_table(tokens))
+
+
+def dataset_of(table: "pa.Table") -> datasets.Dataset:
+    """A table in memory as a dataset."""
+    return datasets.Dataset(InMemoryTable(table))
 
 
 def joined(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:

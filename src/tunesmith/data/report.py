@@ -126,6 +126,20 @@ class Report:
             for listed in (self.drops, self.changes, self.lengths):
                 del listed[limit:]
 
+    def state(self) -> dict[str, Any]:
+        """Everything that is counted, as data that `of` reads."""
+        lists = {"drops": list(map(list, self.drops)), "changes": list(map(list, self.changes))}
+        return {**vars(self), **lists}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Report":
+        """The report with that state."""
+        report = cls()
+        vars(report).update(state)
+        report.drops = [Problem(*problem) for problem in state["drops"]]
+        report.changes = [Problem(*problem) for problem in state["changes"]]
+        return report
+
     def check(self, max_drop_ratio: float) -> None:
         """Stop a run that would train on nothing, on next to nothing, or on too little of what was given.
 
@@ -366,6 +380,24 @@ def preview(
     if not coloured:
         console.out(text, highlight=False)
     return None
+
+
+def first_row_lines(dataset: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[str]:
+    """The first row as ids and as text: `input_ids:`, `inputs:`, `label_ids:`, `labels:`, and what other ids it has.
+
+    Masked labels are left out of the text. Characters that a terminal would act on are written as escapes.
+    """
+    lines = []
+    for name, ids in next(iter(dataset), {}).items():
+        if name != "labels" and not name.endswith("_ids"):
+            continue
+        kind = "label" if name == "labels" else name.removesuffix("_ids")
+        numbers = [int(id) for id in ids]
+        shown = [id for id in numbers if id != IGNORE_INDEX]
+        text = visible(_decode_range(tokenizer, shown, 0, len(shown)), keep="\n")
+        title = {"input": "inputs", "label": "labels"}.get(kind, kind)
+        lines += [f"{kind}_ids:", str(numbers), f"{title}:", *text.split("\n")]
+    return lines
 
 
 def _runs(row: Mapping[str, Any], tokenizer: Any) -> list[Run]:

@@ -6,7 +6,7 @@ flat    input_ids  (1, T)   | doc 1 ......... | doc 2 ... | doc 3 ..... |
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,31 +50,55 @@ class FlatCollator:
 
 
 class PaddedCollator:
-    """One document a row, padded on the right to the longest; labels at padding are ignored by position, not by id."""
+    """One document a row, padded to the longest; labels at padding are ignored by position, not by id.
 
-    def __init__(self, pad_token_id: int = 0, pad_to_multiple_of: int | None = None):
-        self.pad_token_id = pad_token_id
-        self.pad_to_multiple_of = pad_to_multiple_of
+    Args:
+        pad_token_id: written where there is padding.
+        pad_to_multiple_of: of what the width is a multiple.
+        padding_side: where rows are padded. On the left they also get `position_ids` that begin at 0 with the row; on
+            the right those of every model do.
+        ignore_pad_token_for_loss: if false, padding is trained like text, as with `label_pad_token_id=pad_token_id`
+            of `DataCollatorForSeq2Seq`. It is there for old recipes: the model learns to write padding, the mean loss
+            falls because padding is easy, and it depends on which rows happen to share a batch.
+    """
+
+    def __init__(
+        self,
+        pad_token_id: int = 0,
+        pad_to_multiple_of: int | None = None,
+        padding_side: Literal["right", "left"] = "right",
+        ignore_pad_token_for_loss: bool = True,
+    ):
+        self.pad_token_id, self.pad_to_multiple_of = pad_token_id, pad_to_multiple_of
+        self.padding_side, self.ignore_pad_token_for_loss = padding_side, ignore_pad_token_for_loss
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One padded batch."""
         documents = [document for row in rows for document in split_documents(row)] or [nothing()]
-        width = max(len(document["input_ids"]) for document in documents)
-        if self.pad_to_multiple_of:
-            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        labels = stacked([first_masked(document["labels"]) for document in documents], width, IGNORE_INDEX)
+        lengths = [len(document["input_ids"]) for document in documents]
+        multiple = self.pad_to_multiple_of or 1
+        width = -(-max(lengths) // multiple) * multiple
+
+        def padded(values: Sequence[Tensor], fill: float) -> Tensor:
+            return stacked(values, width, fill, self.padding_side)
+
+        trains_padding = bool(rows) and not self.ignore_pad_token_for_loss
+        label_of_padding = self.pad_token_id if trains_padding else IGNORE_INDEX
+        labels = padded([first_masked(document["labels"]) for document in documents], label_of_padding)
         weights = joined_weights(documents)
         if weights is not None:
-            lengths = [len(document["input_ids"]) for document in documents]
-            weights = stacked(list(weights.split(lengths)), width, 0.0).flatten()
-        ones = [torch.ones(len(document["input_ids"]), dtype=torch.int64) for document in documents]
-        return {
-            "input_ids": stacked([document["input_ids"] for document in documents], width, self.pad_token_id),
-            "attention_mask": stacked(ones, width, 0),
+            weights = padded(list(weights.split(lengths)), float(trains_padding)).flatten()
+        attention_mask = padded([torch.ones(length, dtype=torch.int64) for length in lengths], 0)
+        batch = {
+            "input_ids": padded([document["input_ids"] for document in documents], self.pad_token_id),
+            "attention_mask": attention_mask,
             "labels": labels,
-            "num_tokens": sum(len(one) for one in ones) if rows else 0,
+            "num_tokens": sum(lengths) if rows else 0,
             **loss_positions(labels, weights),
         }
+        if self.padding_side == "left":
+            batch["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        return batch
 
 
 class LocatedCollator:
@@ -135,11 +159,11 @@ def joined_weights(documents: Sequence[dict[str, Tensor]]) -> Tensor | None:
     )
 
 
-def stacked(values: Sequence[Tensor], width: int, fill: float) -> Tensor:
-    """Rows of unequal length as one (B, width) tensor, filled on the right."""
+def stacked(values: Sequence[Tensor], width: int, fill: float, padding_side: str = "right") -> Tensor:
+    """Rows of unequal length as one (B, width) tensor, filled on one side."""
     output = torch.full((len(values), width), fill, dtype=values[0].dtype)
     for row, value in zip(output, values):
-        row[: len(value)] = value
+        row[slice(len(value)) if padding_side == "right" else slice(width - len(value), None)] = value
     return output
 
 

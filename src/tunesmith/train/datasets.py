@@ -9,11 +9,11 @@ import datasets
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from tunesmith.data.encode import encode_batches
 from tunesmith.data.mix import check_stop, places, plan_mixture, shares_of
 from tunesmith.data.normalize import Example, fingerprint
 from tunesmith.data.pack import TOKEN_COLUMNS, pack
-from tunesmith.data.prepare import TOKEN_TYPES, as_dataset, batched, joined, note_duplicates
+from tunesmith.data.parallel import encode_batches, num_workers
+from tunesmith.data.prepare import TOKEN_TYPES, as_dataset, batched, dataset_of, joined, note_duplicates
 from tunesmith.data.report import Report
 from tunesmith.errors import ConfigError
 from tunesmith.train.batching import shuffled
@@ -181,9 +181,10 @@ def _encoded(name: str, dataset: Any, how: Preparation, report: Report) -> datas
             num_examples += len(found)
             yield found
 
-    for batch, encoded in encode_batches(examples(), how.tokenizer, how.encoding, report, how.num_proc):
-        parts.append(as_dataset([tokens for _, tokens in encoded]))
-        numbers += [batch[index]["line"] for index, _ in encoded]
+    workers = num_workers(how.num_proc, len(dataset), how.tokenizer, how.encoding)
+    for part in encode_batches(examples(), how.tokenizer, how.encoding, report, workers):
+        parts.append(dataset_of(part.table))
+        numbers += [part.examples[index]["line"] for index in part.indexes]
     note_duplicates(report, num_examples - len(seen), num_examples)
     check_report(name, report, how.packing)
     tokens = joined(parts)

@@ -46,6 +46,8 @@ class Preparation:
     shuffle: bool = False
     seed: int = 42
     formatting_func: Callable | None = None
+    max_source_length: int | None = None
+    max_target_length: int | None = None
     label_with: Callable[[list[int]], list[int]] | None = None
     """Ids of a document → its labels, in place of `train_on`: a completion-only collator's."""
     own_collator: bool = False
@@ -78,6 +80,8 @@ class Preparation:
             add_special_tokens=self.add_special_tokens,
             label_with=self.label_with,
             chat_template_kwargs=self.chat_template_kwargs,
+            max_source_length=self.max_source_length,
+            max_target_length=self.max_target_length,
         )
 
     def only_tokens(self) -> "Preparation":
@@ -115,6 +119,8 @@ def preparation_of(
         seed=args.seed if args.data_seed is None else args.data_seed,
         formatting_func=formatting_func,
         label_with=label_with,
+        max_source_length=args.max_source_length,
+        max_target_length=args.max_target_length,
         own_collator=own_collator,
         makes_labels=makes_labels,
         keep_columns=args.remove_unused_columns is False,
