@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tunesmith.data.normalize import Example
 
 NO_HISTORY = re.compile(r"\{#-?\s*use_history: false\s*-?#\}")  # a comment in templates that drop earlier exchanges
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ARGUMENTS: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer → template → which kinds of arguments it takes
 
 
@@ -79,8 +80,13 @@ class Chat:
         except Exception as error:  # a template is a foreign program: it may raise anything
             raise self.failed(error) from error
 
-    def generation_ranges(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as the template writes it, and the character ranges inside `{% generation %}` blocks."""
+    def marked_text(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]] | None]:
+        """The conversation as the template writes it, and the character ranges inside `{% generation %}` blocks.
+
+        `None` for a template without such blocks.
+        """
+        if not GENERATION_TAG.search(self.template):
+            return self.text(messages), None
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:

@@ -192,12 +192,12 @@ def _render_chat(chat: Chat, messages: list["Message"], train_on: str, first: in
     hidden = _Hider(controls)
     masked = replace(chat, tools=hidden(chat.tools), kwargs=hidden(chat.kwargs))
     masked_messages = hidden(plain)
-    full = masked.text(masked_messages)
+    full, ranges = masked.marked_text(masked_messages)
     _check_written(masked, masked_messages, turns, full)
     text = chat.text(plain) if hidden.found else full
     literal = _literal_ranges(text, full, chat.where) if hidden.found else ()
     if turns:
-        answers = turn_spans(masked, masked_messages, turns, full, controls)
+        answers = turn_spans(masked, masked_messages, turns, full, ranges, controls)
     else:
         answers = untrained_spans(masked, masked_messages, full, controls)
     spans = [span for span in answers if span.weight > 0]

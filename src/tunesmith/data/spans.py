@@ -4,7 +4,6 @@ An answer begins where its prompt ends: `prompt_text` is the same for training a
 """
 
 import math
-import re
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from tunesmith.data.normalize import Message
 
 PROBE = "\ue001"  # an answer that no person gives
-GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _HEADERS: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer → template and its variables → header
 _STOPS: WeakKeyDictionary = WeakKeyDictionary()  # likewise → whether it writes a stop token
 
@@ -76,14 +74,19 @@ def _weight(message: "Message", index: int, where: str) -> float:
 
 
 def turn_spans(
-    chat: Chat, messages: list[dict], turns: dict[int, float], full: str, controls: tuple[str, ...]
+    chat: Chat,
+    messages: list[dict],
+    turns: dict[int, float],
+    full: str,
+    ranges: list[tuple[int, int]] | None,
+    controls: tuple[str, ...],
 ) -> list[Span]:
     """Where the answers stand in `full`, those that are not in `turns` with weight 0.
 
     Control tokens in `full` must all be the template's own. An answer that is not trained may be missing.
     """
-    if GENERATION_TAG.search(chat.template):
-        return _generation_spans(chat, messages, turns, full, controls)
+    if ranges is not None:
+        return _generation_spans(chat, messages, turns, full, ranges, controls)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -97,8 +100,8 @@ def untrained_spans(chat: Chat, messages: list[dict], text: str, controls: tuple
     if not any(message["role"] == "assistant" for message in messages):
         return []
     try:
-        full = chat.text(messages)
-        return turn_spans(chat, messages, {}, full, controls) if text.startswith(full) else []
+        full, ranges = chat.marked_text(messages)
+        return turn_spans(chat, messages, {}, full, ranges, controls) if text.startswith(full) else []
     except TemplateError:  # e.g. tags around several turns
         return []
 
@@ -167,12 +170,14 @@ def _after_stop(full: str, start: int, end: int, controls: tuple[str, ...]) -> i
 
 
 def _generation_spans(
-    chat: Chat, messages: list[dict], turns: dict[int, float], full: str, controls: tuple[str, ...]
+    chat: Chat,
+    messages: list[dict],
+    turns: dict[int, float],
+    full: str,
+    ranges: list[tuple[int, int]],
+    controls: tuple[str, ...],
 ) -> list[Span]:
     """Spans of the `{% generation %}` blocks of the trained turns; a stop token right behind a block belongs to it."""
-    tracked, ranges = chat.generation_ranges(messages)
-    if tracked != full:
-        raise chat.refusal("the template renders the same conversation differently each time")
     assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if len(ranges) == len(assistant):
         weights = [turns.get(i, 0.0) for i in assistant]
