@@ -167,8 +167,8 @@ class DataConfig:
     """Where the examples come from and how they are read."""
 
     dataset: str | list[str] | None = None
-    """Files (json, jsonl, csv, parquet, txt), folders of them, Hub ids, or names in `dataset_info.json`; several as a
-    list or comma-separated."""
+    """Files (json, jsonl, csv, parquet, arrow, txt), folders of them, Hub ids, or names in `dataset_info.json` (which
+    win over files); several as a list or comma-separated."""
     dataset_dir: str = "data"
     """Folder of `dataset_info.json`, the registry of named datasets, and of their files."""
     eval_dataset: str | list[str] | None = None
@@ -181,21 +181,23 @@ class DataConfig:
     """Several datasets: one after another; drawn in turn until the first ends (`interleave_under`, no row twice);
     drawn until all have ended (`interleave_over`, rows of the short ones repeat)."""
     interleave_probs: list[float] | str | None = None
-    """Weight of each dataset in an interleaving, as a list or `0.3,0.7`. `None`: equal weights."""
+    """Share of each dataset in an interleaving, as a list or `0.3,0.7`; they add up to 1. `None`: equal shares."""
     streaming: bool = False
     """Read rows as training needs them, for data larger than memory. Needs `max_steps`."""
     buffer_size: Annotated[int, Ge(1)] = 16384
     """Rows of a stream that are shuffled together."""
     format: str | None = None
-    """Name in `FORMATS` (alpaca, sharegpt, messages, prompt-completion, text) or `file.py:function`. `None`: detected
-    from the columns and said aloud."""
+    """Name in `FORMATS` (alpaca, sharegpt, messages, prompt-completion, text, preference) or `file.py:function`, for
+    files and Hub ids. `None`: detected from the columns and said aloud."""
     columns: dict[str, str] | None = None
-    """Renames columns before the format reads them: `{instruction: question, output: answer}`."""
+    """Renames columns before the format reads them: `{instruction: question, output: answer}`. An
+    entry of `dataset_info.json` names its own."""
     system_prompt: str | list[str] | None = None
     """System message for every conversation that has none; several, as a list or separated by `|`, are one for each
     dataset."""
     val_size: Annotated[float, Ge(0)] = 0.0
-    """Examples held out of `dataset` for evaluation: a share below 1, a count from 1 on."""
+    """Examples held out of `dataset` for evaluation: a share below 1, a count from 1 on. A stream
+    takes a count."""
     max_samples: Annotated[int, Ge(1)] | None = None
     """At most this many rows from each file or dataset. `None`: all."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -362,12 +364,19 @@ CONFIGS: tuple[type, ...] = (RunConfig, ModelFields, DataConfig, TrainingFields,
 ALIASES: dict[str, str] = {
     "model": "model_name_or_path",
     "compare_metric": "metrics",
+    "torch_dtype": "dtype",
+    "max_seq_length": "max_length",
+    "modules_to_save": "lora_modules_to_save",
+    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+    # LLaMA-Factory and LLaMA-Efficient-Tuning; recipe/llamafactory.py knows the keys that mean something else
     "template": "chat_template",
     "adapter_name_or_path": "checkpoint_dir",
-    "adapter_folder": "checkpoint_dir",
     "hf_hub_token": "hf_token",
     "hf_auth_token": "hf_token",
     "tokenized_path": "data_cache_dir",
+    "cache_path": "data_cache_dir",
     "preprocessing_num_workers": "dataset_num_proc",
     "preprocessing_batch_size": "dataset_batch_size",
     "default_system": "system_prompt",
@@ -376,18 +385,22 @@ ALIASES: dict[str, str] = {
     "additional_target": "lora_modules_to_save",
     "quantization_type": "bnb_4bit_quant_type",
     "double_quantization": "use_bnb_nested_quant",
-    "torch_dtype": "dtype",
     "cutoff_len": "max_length",
-    "max_seq_length": "max_length",
     "lora_rank": "lora_r",
     "lora_target": "lora_target_modules",
-    "modules_to_save": "lora_modules_to_save",
-    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
     "finetuning_type": "adapter",
     "flash_attn": "attn_implementation",
+    "enable_liger_kernel": "use_liger_kernel",
+    "moe_aux_loss_coef": "router_aux_loss_coef",
+    # transformers 4
     "evaluation_strategy": "eval_strategy",
-    "activation_checkpointing": "gradient_checkpointing",
-    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+    "no_cuda": "use_cpu",
+    "torchdynamo": "torch_compile_backend",
+    "push_to_hub_token": "hub_token",
+    "push_to_hub_model_id": "hub_model_id",
+    # TRL
+    "use_liger": "use_liger_kernel",
+    "chat_template_path": "chat_template",
 }
 
 
@@ -403,3 +416,5 @@ class Recipe:
     decoding: DecodingConfig
     given: dict[str, str] = field(default_factory=dict, compare=False)
     """Key → `recipe.yaml:7` or `--key`, for messages. Two recipes are equal wherever their values were found."""
+    notes: list[str] = field(default_factory=list, compare=False)
+    """Lines to print before the run: keys of other programs that nothing reads, defaults that differ from theirs."""

@@ -52,3 +52,10 @@ def test_the_format_is_described_with_what_it_reads_and_what_not():
 def test_a_null_column_is_as_good_as_none():
     assert detect_format(rows({"messages": None, "text": "x"}, {"messages": None, "text": "y"})) == "text"
     assert detect_format(rows({"messages": [HI, HELLO], "text": None})) == "messages"
+
+
+# workflow: V5
+@pytest.mark.parametrize("value", [ALPACA, {"messages": [HI, HELLO]}, {"text": "x"}, {"chosen": "a"}])
+def test_rows_of_one_answer_are_not_for_stage_rm(value):
+    with pytest.raises(DataError, match=r"^a\.jsonl:1: stage rm compares two answers, and the row has the columns"):
+        detect_format(rows(value), stage="rm")

@@ -25,15 +25,44 @@ def test_a_folder_is_read_in_name_order_without_hidden_and_other_files(tmp_path)
     assert report.notes == [f"{tmp_path}: not read: README.md"]
 
 
+# workflow: D2
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".csv", b"text\na\nb\n"),
+        (".json", b'[{"text": "a"}, {"text": "b"}]'),
+        (".jsonl", b'{"text": "a"}\n{"text": "b"}\n'),
+        (".txt", b"a\nb\n"),
+    ],
+)
+def test_a_file_and_a_folder_of_files_are_read_of_every_type(tmp_path, suffix, content):
+    one = write(tmp_path, f"1{suffix}", content)
+    assert values(load(one)) == [{"text": "a"}, {"text": "b"}]
+    write(tmp_path, f"2{suffix}", content)
+    assert [(row.value["text"], row.line > 0) for row in load(tmp_path)] == [(text, True) for text in "abab"]
+
+
+# workflow: D2
 def test_a_folder_of_two_types_is_an_error(tmp_path):
     write(tmp_path, "a.txt", b"1")
     write(tmp_path, "b.csv", b"a\n1\n")
-    with pytest.raises(DataError, match=r"mixes types: a\.txt and b\.csv\. Move one"):
+    with pytest.raises(DataError, match=r"file type does not match: it mixes types: a\.txt and b\.csv\. Move one"):
         load(tmp_path)
 
 
-def test_a_folder_without_data_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"holds no data file. It must hold files ending in \.json,"):
+def test_a_folder_may_hold_json_as_arrays_and_in_lines(tmp_path):
+    write(tmp_path, "a.json", b'[{"a": 1}]')
+    write(tmp_path, "b.jsonl", b'{"a": 2}\n')
+    assert values(load(tmp_path)) == [{"a": 1}, {"a": 2}]
+
+
+# workflow: D2
+@pytest.mark.parametrize("name", ["a.xlsx", "a", "a.json.zip"])
+def test_another_ending_is_an_error(tmp_path, name):
+    path = write(tmp_path, name, b"x")
+    with pytest.raises(DataError, match=r"File extension must be txt, csv, json or jsonl"):
+        load(path)
+    with pytest.raises(DataError, match=r"holds no data file\. It must hold files ending in \.json,.*File extension"):
         load(tmp_path)
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tunesmith.data.mix
-from tunesmith.data.mix import mix_datasets, plan_mixture
-from tunesmith.errors import ConfigError
+from tunesmith.data.mix import mix_datasets, mix_streams, plan_mixture, shares_of
+from tunesmith.errors import ConfigError, DataError
 
 A = Dataset.from_dict({"text": [f"a{i}" for i in range(6)]})
 B = Dataset.from_dict({"text": ["b0", "b1"]})
@@ -60,6 +60,25 @@ def test_streams_are_interleaved_and_none_is_read_before():
     mixed = [row["text"] for row in mix_datasets(streams, [0.5, 0.5], stop="all")]
     assert set(mixed) == {*A["text"], *B["text"]}
     assert [row["text"] for row in mix_datasets(streams)] == [*A["text"], *B["text"]]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+    stop=st.sampled_from(["first", "all"]),
+)
+def test_streams_are_laid_out_as_the_plan_says(sizes, seed, stop):
+    shares = shares_of([1.0 + i for i in range(len(sizes))], range(len(sizes)))
+    parts = [lambda part=part, size=size: ((part, row) for row in range(size)) for part, size in enumerate(sizes)]
+    plan = plan_mixture(sizes, shares, seed, stop)
+    assert list(mix_streams(parts, shares, seed, stop=stop)) == [tuple(row) for row in plan.tolist()]
+    assert list(mix_streams(parts, None)) == [tuple(row) for row in plan_mixture(sizes).tolist()]
+
+
+def test_a_stream_that_is_read_once_cannot_repeat():
+    once = iter([1])
+    with pytest.raises(DataError, match="stream 1 of 2 gave rows once and none when it was read again"):
+        list(mix_streams([lambda: once, lambda: iter(range(50))], np.array([0.9, 0.1]), 0, stop="all"))
 
 
 @pytest.mark.parametrize(

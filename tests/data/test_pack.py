@@ -96,7 +96,7 @@ def test_a_document_keeps_its_length_where_packing_cuts_it(strategy, too_long, l
 
 
 def test_an_unknown_strategy_is_an_error_that_names_the_known_ones():
-    with pytest.raises(DataError, match=r"unknown packing strategy 'ffd'\. Known: bfd, bfd_split, wrapped\."):
+    with pytest.raises(DataError, match=r"unknown packing strategy 'ffd'\. Known: bfd, bfd_split, wrapped, blocks\."):
         pack(ROWS, 4, "ffd")
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.data.files import load, values, write
+from tunesmith.data import readers
 from tunesmith.data.readers import READERS
 from tunesmith.data.report import Report
 from tunesmith.data.rows import Row, RowError
@@ -40,9 +41,51 @@ def test_parquet_rows_are_numbered(tmp_path):
     assert load(path) == [Row(table[0], path, 1), Row(table[1], path, 2)]
 
 
+@pytest.mark.parametrize("format", ["stream", "file"])
+def test_arrow_rows_are_read_from_both_of_its_formats(tmp_path, format):
+    import pyarrow
+
+    path = str(tmp_path / "a.arrow")
+    table = pyarrow.Table.from_pylist([{"a": 1}, {"a": 2}, {"a": 3}])
+    with getattr(pyarrow.ipc, f"new_{format}")(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    assert load(path) == [Row({"a": 1}, path, 1), Row({"a": 2}, path, 2), Row({"a": 3}, path, 3)]
+
+
+def test_a_dataset_saved_to_disk_is_read_without_the_nulls_that_its_table_adds(tmp_path):
+    import datasets
+
+    turns = [[{"role": "user", "content": "hi"}], [{"role": "tool", "content": "1", "name": "f"}]]
+    datasets.Dataset.from_dict({"messages": turns}).save_to_disk(tmp_path / "saved")
+    assert [row.value["messages"] for row in load(tmp_path / "saved")] == turns
+
+
 def test_a_text_file_gives_one_row_per_line_that_is_not_blank(tmp_path):
     path = write(tmp_path, "a.txt", "\ufeff one\r\n \t\n\u3000\ntwo\u2028three\n".encode())
     assert load(path) == [Row({"text": " one"}, path, 1), Row({"text": "two\u2028three"}, path, 4)]
+
+
+# workflow: D7
+def test_a_json_array_is_read_in_parts(tmp_path, monkeypatch):
+    rows = [{"a": [n, "x" * (40 * (n == 7)), "é\u2028"], "b": {"c": None}} for n in range(50)]
+    content = json.dumps(rows, ensure_ascii=False, indent=1).encode()
+    path = write(tmp_path, "a.json", content)
+    for part in (1, 2, 7, 64, 10_000):
+        monkeypatch.setattr(readers, "PART", part)
+        assert [row.value for row in readers.read_json(path)] == rows
+    monkeypatch.setattr(readers, "PART", 64)
+    monkeypatch.setattr(readers.Path, "read_bytes", None)  # what reads the whole file
+    stream = readers.read_json(write(tmp_path, "b.json", content[:2000] + b"broken"))
+    assert next(stream) == Row(rows[0], str(tmp_path / "b.json"), 1)
+
+
+def test_an_array_that_breaks_after_many_parts_is_named_by_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "PART", 16)
+    path = write(tmp_path, "a.json", b"[" + b'{"a": 1},\n' * 30 + b'{"a" 1}]')
+    stream = readers.read_json(path)
+    assert [next(stream).line for _ in range(30)] == list(range(1, 31))
+    with pytest.raises(RowError, match=r"a\.json:31: not valid JSON: Expecting ':' delimiter .*\(row 31\)"):
+        next(stream)
 
 
 def test_lines_are_counted_over_blank_ones_and_array_elements_one_by_one(tmp_path):
@@ -85,7 +128,11 @@ def test_a_csv_field_may_be_longer_than_the_modules_limit(tmp_path):
         ("a.csv", b"\na,,c\n1,2,3\n", r"a\.csv:2: column 2 of the header has no name"),
         ("a.csv", b"a;b\n1;2\n", r"a\.csv:1: the columns are separated by ';'"),
         ("a.parquet", b"PAR1", r"a\.parquet: not readable as Parquet"),
-        ("a.jsonl.gz", b"x", r"cannot read a file that ends in '\.gz'.*\.jsonl"),
+        (
+            "a.jsonl.gz",
+            b"x",
+            r"cannot read a file that ends in '\.gz'\. File extension must be txt, csv, json or jsonl, or parquet or",
+        ),
         ("a.jsonl", '{"a": 1}'.encode("utf-16"), r"is UTF-16, not UTF-8. Convert it with iconv -f UTF-16"),
     ],
 )
@@ -98,7 +145,7 @@ def test_a_bad_file_is_an_error_whatever_on_bad_row_says(tmp_path, name, content
 
 @pytest.mark.parametrize("suffix", READERS)
 def test_every_reader_says_that_an_empty_file_is_empty_or_broken(tmp_path, suffix):
-    with pytest.raises(DataError, match=r"is empty|not readable as Parquet"):
+    with pytest.raises(DataError, match=r"is empty|not readable as (Parquet|Arrow)"):
         load(write(tmp_path, f"a{suffix}", b""))
 
 

@@ -70,6 +70,8 @@ def test_every_default_passes_its_own_type(name):
         ({"columns": "{a: "}, "argument columns: expected a YAML list or mapping, got '{a: '"),
         ({"split": 3}, "argument split: expected text, got 3."),
         ({"lr_scheduler_type": "cosin"}, "Did you mean 'cosine'?"),
+        ({"train_sampling_strategy": "sequentail"}, "Did you mean 'sequential'?"),
+        ({"stage": 3}, "argument stage: expected one of pt, sft, rm, got 3."),
         ({"max_steps": -2}, "argument max_steps: expected a whole number of at least -1, got -2."),
     ],
 )
@@ -83,3 +85,22 @@ def test_a_wrong_value_says_what_was_wanted(given, expected):
 def test_a_value_below_its_range_is_an_error(name):
     low = next(m.gt if isinstance(m, Gt) else m.ge - 1 for m in RANGES[name] if isinstance(m, Gt | Ge))
     assert f"argument {name}: expected" in message(NEEDED, {name: low})
+
+
+# workflow: A2 A3 A4
+def test_comma_lists_are_split_and_texts_are_not(recipe_file):
+    text = 'dataset: "a, b"\nmodel: m\ncheckpoint_dir: "x, y"\nlora_target: q_proj, v_proj\n'
+    text += "system_prompt: Be brief, be kind.\n"
+    recipe = load_recipe(recipe_file(text + "chat_template: '{{ a }}, [b]'\n"))
+    assert (recipe.data.dataset, recipe.model.checkpoint_dir) == (["a", "b"], ["x", "y"])
+    assert recipe.model.lora_target_modules == ["q_proj", "v_proj"]
+    assert recipe.data.system_prompt == "Be brief, be kind."
+    assert recipe.training["chat_template"] == "{{ a }}, [b]"
+
+
+def test_several_system_prompts_may_be_a_list_on_one_line():
+    two = {"model": "m", "dataset": "a,b"}
+    for given in ('["one, and", "two"]', ["one, and", "two"]):
+        assert load_recipe(two, {"system_prompt": given}).data.system_prompt == ["one, and", "two"]
+    assert load_recipe(two, flags=["--system_prompt", "one, and", "two"]).data.system_prompt == ["one, and", "two"]
+    assert load_recipe(two, {"system_prompt": "[INST] {x}, one"}).data.system_prompt == "[INST] {x}, one"

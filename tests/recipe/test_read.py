@@ -96,7 +96,10 @@ def test_a_flag_takes_several_words_where_a_list_fits():
         ("--seed 1 --seed 2", "--seed is given twice, as 1 and as 2."),
         ("--seed 1 other.yaml", "--seed takes one value, got '1 other.yaml'. The recipe comes first"),
         ("stray --seed 1", "'stray' is not a flag."),
+        ("learning_rate=1e-4", "'learning_rate=1e-4' is not a flag. Write --learning_rate=1e-4."),
         ("--no-lora_r", "unknown flag '--no-lora_r'."),
+        ("--no-lora_rnk", "unknown flag '--no-lora_rnk'."),
+        ("--quantization_bit 4 8", "--quantization_bit takes one value, got '4 8'."),
     ],
 )
 def test_wrong_flags_are_named(flags, expected):

@@ -5,6 +5,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from tunesmith.data.formats import FORMATS, Format, columns_of, renamed
+from tunesmith.data.normalize import ANSWERS
 from tunesmith.data.report import place, visible
 from tunesmith.data.rows import Row
 from tunesmith.errors import DataError
@@ -22,8 +23,16 @@ NICKNAMES: dict[str, tuple[str, ...]] = {
 }
 
 
-def detect_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> str:
-    """The name of the format whose columns the rows have; `columns` as in `normalize`.
+def detect_format(
+    rows: Sequence[Row],
+    columns: Mapping[str, str] | None = None,
+    *,
+    stage: str = "sft",
+    answers_needed: bool = True,
+) -> str:
+    """The name of the format whose columns the rows have; `columns` and `answers_needed` as in `normalize`.
+
+    Stage rm takes preference pairs alone, the other stages everything else.
 
     A row that has the columns of no format does not change the answer: `normalize` says what it lacks. A column that
     is null is as good as absent: tables fill it in where rows of several shapes are put together.
@@ -36,7 +45,7 @@ def detect_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None)
         keys = tuple(key for key, item in row.value.items() if item is not None)
         if keys not in names:
             filled = {key: row.value[key] for key in keys}
-            names[keys] = _format_of(renamed(filled, columns) if columns else filled)
+            names[keys] = _format_of(renamed(filled, columns) if columns else filled, stage, answers_needed)
             if (name := names[keys]) is not None:
                 seen.setdefault(name, row)
     if len(seen) > 1:
@@ -46,30 +55,44 @@ def detect_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None)
             f"{place(other_row.source, other_row.line)} is {other}. Train on one format at a time, or convert one."
         )
     if not seen:
-        raise DataError(_no_format(rows[0], columns) if rows else "there are no rows to detect a format from.")
+        raise DataError(_no_format(rows[0], columns, stage) if rows else "there are no rows to detect a format from.")
     return next(iter(seen))
 
 
-def _format_of(value: Mapping[str, Any]) -> str | None:
-    if {"chosen", "rejected"} <= value.keys():
+def _format_of(value: Mapping[str, Any], stage: str, answers_needed: bool) -> str | None:
+    is_pair = {"chosen", "rejected"} <= value.keys()
+    if stage == "rm":
+        is_list = isinstance(value.get("output"), (list, tuple))  # of both answers, as the oldest rankings have it
+        return "preference" if is_pair or ("instruction" in value and is_list) else None
+    if is_pair:
         return None
-    return next((name for name, format in FORMATS.items() if all(c in value for c in format.columns)), None)
+    absent = () if answers_needed else ANSWERS
+    for name, format in FORMATS.items():
+        if all(column in value or column in absent for column in format.columns):
+            return name
+    return None
 
 
-def _no_format(row: Row, columns: Mapping[str, str] | None) -> str:
+def _no_format(row: Row, columns: Mapping[str, str] | None, stage: str) -> str:
     value = renamed(row.value, columns) if columns else row.value
     present = [str(key) for key in value]
+    if stage == "rm":
+        return (
+            f"{place(row.source, row.line)}: stage rm compares two answers, and the row has the columns "
+            f"{columns_of(value)}. Name them in columns: {{chosen: ..., rejected: ...}}, or set stage: sft."
+        )
     found = f"{place(row.source, row.line)}: no known format has the columns {columns_of(value)}"
-    choose = f"set format: to one of {_names(FORMATS)} or to file.py:function"
+    formats = {name: format for name, format in FORMATS.items() if name != "preference"}
+    choose = f"set format: to one of {_names(formats)} or to file.py:function"
     if {"chosen", "rejected"} <= value.keys():
         return f"{found}: these are preference pairs, and stage sft trains on single answers. To use a part, {choose}."
-    if not any(_guess(ours, present) for format in FORMATS.values() for ours in format.columns):
-        known = "; ".join(f"{name} ({_names(format.columns)})" for name, format in FORMATS.items())
+    if not any(_guess(ours, present) for format in formats.values() for ours in format.columns):
+        known = "; ".join(f"{name} ({_names(format.columns)})" for name, format in formats.items())
         return f"{found}. Known: {known}. Name yours in columns: {{prompt: ..., completion: ...}}, or {choose}."
-    nearest = max(FORMATS, key=lambda name: _nearness(FORMATS[name], present))
-    guesses = {ours: _guess(ours, present) for ours in FORMATS[nearest].columns if ours not in present}
+    nearest = max(formats, key=lambda name: _nearness(formats[name], present))
+    guesses = {ours: _guess(ours, present) for ours in formats[nearest].columns if ours not in present}
     renames = ", ".join(f"{ours}: {visible(theirs or '...', 40)}" for ours, theirs in guesses.items())
-    wanted = _names(FORMATS[nearest].columns)
+    wanted = _names(formats[nearest].columns)
     hint = "".join(did_you_mean(theirs, [ours]) for ours, theirs in guesses.items() if theirs)
     return f"{found}. The closest is {nearest} ({wanted}).{hint} Set columns: {{{renames}}}, or {choose}."
 

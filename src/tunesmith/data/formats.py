@@ -1,4 +1,4 @@
-"""FORMATS: the shapes that rows come in, and how each is read as one text, a conversation, or a prompt and completion.
+"""FORMATS: the shapes that rows come in, and how each is read: a text, a conversation, a prompt with answers.
 
 A reader moves columns to where they belong; whether what it finds can be trained on is for normalize.py to say.
 """
@@ -19,7 +19,7 @@ class Format(NamedTuple):
     """How rows of one shape are told apart and read."""
 
     columns: tuple[str, ...]
-    """The columns that identify it."""
+    """The columns that identify it, and that a row must have."""
     optional: tuple[str, ...]
     """Further columns that it reads."""
     read: Callable[[dict[str, Any]], dict[str, Any]]
@@ -29,8 +29,14 @@ class Format(NamedTuple):
 
 def read_alpaca(value: dict[str, Any]) -> dict[str, Any]:
     """Instruction and input are one user turn, a line apart; `history` holds earlier pairs of turns, oldest first."""
-    question = "\n".join(part for part in (_string(value, "instruction"), _string(value, "input", "")) if part)
-    answer = _string(value, "output")
+    messages = alpaca_prompt(value)
+    messages.append({"role": "assistant", "content": _string(value, "output")})
+    return {"messages": _with_system_column(messages, value), **_of_chat(value)}
+
+
+def alpaca_prompt(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The turns before the answer; RowError if nothing is asked."""
+    question = alpaca_question(value)
     if not question.strip():
         raise RowError("'instruction' and 'input' are both empty. Write what the answer answers.", "empty-prompt")
     messages: list[dict[str, Any]] = []
@@ -39,8 +45,12 @@ def read_alpaca(value: dict[str, Any]) -> dict[str, Any]:
             what = visible(repr(pair), 60)
             raise RowError(f"'history' holds {what}; expected pairs [question, answer] of texts.", "bad-history")
         messages += ({"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]})
-    messages += ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
-    return {"messages": _with_system_column(messages, value), **_of_chat(value)}
+    return [*messages, {"role": "user", "content": question}]
+
+
+def alpaca_question(value: Mapping[str, Any]) -> str:
+    """Instruction and input a line apart, or the one of them that says something."""
+    return "\n".join(part for part in (_string(value, "instruction"), _string(value, "input", "")) if part)
 
 
 def read_sharegpt(value: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +98,8 @@ def _tool_calls(content: Any) -> list[dict[str, Any]] | None:
 def read_prompt_completion(value: dict[str, Any]) -> dict[str, Any]:
     """Both texts, or both lists of turns."""
     prompt, completion = column(value, "prompt"), column(value, "completion")
+    if completion == "" and not isinstance(prompt, str):
+        completion = []
     if isinstance(prompt, str) and isinstance(completion, str):
         return {"prompt": prompt, "completion": completion, **_of_chat(value)}
     if isinstance(prompt, str) or isinstance(completion, str):
@@ -102,6 +114,81 @@ def read_prompt_completion(value: dict[str, Any]) -> dict[str, Any]:
 def read_text(value: dict[str, Any]) -> dict[str, Any]:
     """Plain text, all of it trained."""
     return {"text": column(value, "text")}
+
+
+def read_preference(value: dict[str, Any]) -> dict[str, Any]:
+    """A prompt and two answers, the better one under `chosen`.
+
+    The prompt is turns (`prompt`, `messages`, `conversations`), or a text (`prompt`, or Alpaca's columns). Answers are
+    texts, turns, or lists of turns; as whole conversations they hold the prompt as their common beginning. In the
+    oldest form `output` is a list of both, the better one first, and further ones are not read.
+    """
+    chosen, rejected = _two_answers(value)
+    prompt = _prompt_before_answers(value)
+    if _opens(chosen) and _opens(rejected):
+        prompt, chosen, rejected = _apart(prompt, chosen, rejected)
+    elif not prompt:
+        raise RowError("there is no prompt. Add one, or turns to 'chosen' and 'rejected' from the first.", "no-prompt")
+    prompt = _with_system_column(prompt, value) if prompt else prompt
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **_of_chat(value)}
+
+
+def _two_answers(value: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    pair = value.get("output")
+    if "chosen" not in value and "rejected" not in value and isinstance(pair, (list, tuple)):
+        if len(pair) < 2:
+            raise RowError(f"'output' is {kind_of(pair)}; expected [better, worse].", "one-answer")
+        return _answer(pair[0], "output"), _answer(pair[1], "output")
+    for name in ("chosen", "rejected"):
+        if column(value, name) in (None, "", []):
+            raise RowError(
+                f"'{name}' is {kind_of(value[name])}. Write the answer, or leave the row out.", "one-answer"
+            )
+    return _answer(value["chosen"], "chosen"), _answer(value["rejected"], "rejected")
+
+
+def _answer(answer: Any, name: str) -> list[dict[str, Any]]:
+    """An answer as turns."""
+    if isinstance(answer, str):
+        return [{"role": "assistant", "content": answer}]
+    return [_as_role_and_content(turn) for turn in turns_of([answer] if isinstance(answer, dict) else answer, name)]
+
+
+def _prompt_before_answers(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The turns before the answers; none where the row has no such column."""
+    name = next((name for name in ("messages", "conversations", "prompt") if value.get(name) is not None), None)
+    if name is None:
+        return alpaca_prompt(value) if "instruction" in value else []
+    if isinstance(value[name], str):
+        if not value[name].strip():
+            raise RowError(f"'{name}' is empty. Write what the answers answer.", "empty-prompt")
+        return [{"role": "user", "content": value[name]}]
+    return [_as_role_and_content(turn) for turn in turns_of(value[name], name)]
+
+
+def _opens(turns: list[dict[str, Any]]) -> bool:
+    """Whether turns are a conversation from its first turn, and no answer alone."""
+    return turns[0].get("role") in (*INSTRUCTING, "user", "human")
+
+
+def _apart(
+    prompt: list[dict[str, Any]], chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Two whole conversations as what both begin with and what is left of each; at least their last turns are."""
+    most = min(len(chosen), len(rejected)) - 1
+    common = next((n for n in range(most) if chosen[n] != rejected[n]), most)
+    begin = chosen[:common]
+    if prompt and prompt != begin[: len(prompt)] and prompt[-1].get("content") not in _contents(begin):
+        raise RowError("the prompt is not how 'chosen' and 'rejected' begin. Keep one of them.", "two-prompts")
+    if not any(turn.get("role") in ("user", "human") for turn in begin):
+        raise RowError(
+            "'chosen' and 'rejected' do not begin with the same turns. Pair answers to one prompt.", "no-prompt"
+        )
+    return begin, chosen[common:], rejected[common:]
+
+
+def _contents(turns: list[dict[str, Any]]) -> list[Any]:
+    return [turn.get("content") for turn in turns]
 
 
 # Where a row has the columns of several formats, the first that fits is taken.
@@ -122,6 +209,12 @@ FORMATS: dict[str, Format] = {
         ("prompt", "completion"), OF_CHATS, read_prompt_completion, "a prompt and what follows it"
     ),
     "text": Format(("text",), (), read_text, "plain text"),
+    "preference": Format(
+        ("chosen", "rejected"),
+        ("prompt", "messages", "conversations", "instruction", "input", "output", "history", "system", *OF_CHATS),
+        read_preference,
+        "a prompt with a better and a worse answer, for stage rm",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""A Hub id, a file or a folder becomes rows; each row knows the file and the line it came from."""
+"""A Hub id, a file or a folder becomes rows, one by one; each row knows the file and the line it came from."""
 
 import os
 import random
@@ -10,11 +10,12 @@ from typing import Literal, TypeVar
 
 from tunesmith.data.readers import READERS
 from tunesmith.data.report import Report, visible
-from tunesmith.data.rows import Row, RowError
+from tunesmith.data.rows import Row, RowError, without_nulls
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.lookup import did_you_mean
 
 T = TypeVar("T")
+EXTENSIONS = "File extension must be txt, csv, json or jsonl, or parquet or arrow."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -29,7 +30,8 @@ def load_rows(
     """Read every row of a file, a folder of files, a Hub dataset, or a list of these, joined in order.
 
     Args:
-        source: file (json, jsonl, csv, parquet, txt), folder of files of one type, Hub id `owner/name`, or a list.
+        source: file (json, jsonl, csv, parquet, arrow, txt), folder of files of one type, Hub id `owner/name`, or
+            a list.
         split: split of a Hub dataset; files have none.
         max_samples: at most this many good rows from each entry of `source`; a folder is one entry.
         on_bad_row: raise at the first row that cannot be read, or count it in `report` and go on.
@@ -40,11 +42,12 @@ def load_rows(
     rows: list[Row] = []
     for name in [source] if isinstance(source, (str, Path)) else source:
         items = _read_source(str(name), split, report)
-        rows += islice(_good_rows(items, on_bad_row, report), max_samples)
+        rows += islice(good_rows(items, on_bad_row, report), max_samples)
     return rows
 
 
-def _good_rows(items: Iterable[Row | RowError], on_bad_row: str, report: Report) -> Iterator[Row]:
+def good_rows(items: Iterable[Row | RowError], on_bad_row: str, report: Report) -> Iterator[Row]:
+    """The rows, counted as they pass; what could not be read raises, or is counted as dropped."""
     for item in items:
         if isinstance(item, RowError) and on_bad_row == "error":
             raise item
@@ -57,56 +60,84 @@ def _good_rows(items: Iterable[Row | RowError], on_bad_row: str, report: Report)
 
 def _read_source(name: str, split: str, report: Report) -> Iterator[Row | RowError]:
     path = os.path.expanduser(name)
-    if os.path.isdir(path):
-        for file in _folder_files(path, report):
-            yield from _read_file(file)
-    elif os.path.exists(path):
-        yield from _read_file(path)
-    elif _looks_like_hub_id(name):
-        yield from _not_empty(_read_hub(name, split), name)
-    else:
-        raise DataError(_absent(name, path))
+    if looks_like_hub_id(name) and not os.path.exists(path):
+        return read_hub(name, split)
+    return read_files(data_files(path, report, name))
 
 
-def _folder_files(folder: str, report: Report) -> list[str]:
-    """The data files of a folder in name order; hidden files and subfolders are not looked at."""
-    entries = sorted(e.name for e in os.scandir(folder) if e.is_file() and not e.name.startswith("."))
-    files = [name for name in entries if Path(name).suffix.lower() in READERS]
+def data_files(path: str, report: Report, name: str = "") -> list[str]:
+    """The file itself, or the data files of a folder in name order; hidden files and subfolders are not looked at.
+
+    Raises: DataError for a path that is absent, and a folder of no data files or of several types.
+    """
+    if not os.path.isdir(path):
+        if not os.path.exists(path):
+            raise DataError(_absent(name or path, path))
+        return [path]
+    entries = sorted(e.name for e in os.scandir(path) if e.is_file() and not e.name.startswith("."))
+    has_arrow = any(name.endswith(".arrow") for name in entries)  # as `save_to_disk` writes, with two files beside
+    beside = ("dataset_info.json", "state.json") if has_arrow else ("dataset_info.json",)
+    files = [name for name in entries if Path(name).suffix.lower() in READERS and name not in beside]
     if not files:
-        raise DataError(f"{folder} holds no data file. It must hold files ending in {', '.join(READERS)}.")
+        raise DataError(f"{path} holds no data file. It must hold files ending in {', '.join(READERS)}. {EXTENSIONS}")
     ignored = [name for name in entries if name not in files]
     if ignored:
-        report.note(f"{folder}: not read: {', '.join(map(visible, ignored[:5]))}{' ...' * (len(ignored) > 5)}")
+        report.note(f"{path}: not read: {', '.join(map(visible, ignored[:5]))}{' ...' * (len(ignored) > 5)}")
     for name in files:
-        if Path(name).suffix.lower() != Path(files[0]).suffix.lower():
+        if file_type(name) != file_type(files[0]):
             raise DataError(
-                f"{folder} mixes types: {files[0]} and {name}. Move one of them away, or name the files one by one."
+                f"{path}: file type does not match: it mixes types: {files[0]} and {name}. Move one of them away, or "
+                "name the files one by one."
             )
-    return [os.path.join(folder, name) for name in files]
+    return [os.path.join(path, name) for name in files]
 
 
-def _read_file(path: str) -> Iterator[Row | RowError]:
-    suffix = Path(path).suffix.lower()
-    if suffix not in READERS:
-        known = ", ".join(READERS)
-        raise DataError(f"{path}: cannot read a file that ends in '{suffix}'. Convert or unpack it to one of {known}.")
-    try:
-        yield from _not_empty(READERS[suffix](path), path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+def file_type(name: str) -> str:
+    """The ending; JSON may be written as an array or in lines under either of its endings."""
+    suffix = Path(name).suffix.lower()
+    return ".json" if suffix == ".jsonl" else suffix
 
 
-def _looks_like_hub_id(name: str) -> bool:
+def read_files(files: Iterable[str]) -> Iterator[Row | RowError]:
+    """The rows of files, one after another, each read as far as it is asked for; DataError for one without rows."""
+    for path in files:
+        suffix = Path(path).suffix.lower()
+        if suffix not in READERS:
+            raise DataError(
+                f"{path}: cannot read a file that ends in '{visible(suffix, 20)}'. {EXTENSIONS} Convert or unpack it."
+            )
+        try:
+            yield from _not_empty(READERS[suffix](path), path)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def looks_like_hub_id(name: str) -> bool:
     """`owner/name`, unless it reads as a path: a known ending, or an owner that is a folder here."""
     owner = name.partition("/")[0]
     return bool(HUB_ID.fullmatch(name)) and Path(name).suffix.lower() not in READERS and not os.path.isdir(owner)
 
 
-def _read_hub(name: str, split: str) -> Iterator[Row]:
+def read_hub(
+    repository: str, split: str = "train", *, streaming: bool = False, **options: str | None
+) -> Iterator[Row]:
+    """The rows of a Hub dataset; with `streaming` they are downloaded as they are read.
+
+    Args:
+        options: `name` (its subset), `data_dir` and `revision` of `datasets.load_dataset`; `None` is not passed on.
+
+    Raises: DataError for a dataset that cannot be had or has no rows.
+    """
+    return _not_empty(_hub_rows(repository, split, streaming, options), repository)
+
+
+def _hub_rows(name: str, split: str, streaming: bool, options: dict[str, str | None]) -> Iterator[Row]:
+    given = {key: value for key, value in options.items() if value is not None}
+    given |= {"streaming": True} if streaming else {}
     try:
         import datasets
 
-        dataset = datasets.load_dataset(name, split=split)
+        dataset = datasets.load_dataset(name, split=split, **given)
     except Exception as error:  # the library's errors share no base; every one means the dataset cannot be had
         what = visible(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__, 200)
         raise DataError(
@@ -114,7 +145,7 @@ def _read_hub(name: str, split: str) -> Iterator[Row]:
             f"{what}. Check the name, the split and the network, or name a local file."
         ) from error
     for number, value in enumerate(dataset, 1):
-        yield Row(value, name, number)
+        yield Row(without_nulls(value), name, number)
 
 
 def _absent(name: str, path: str) -> str:

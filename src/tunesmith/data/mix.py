@@ -2,12 +2,13 @@
 
 import math
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 import numpy as np
 
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, DataError
 from tunesmith.lookup import did_you_mean
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     Mixable = TypeVar("Mixable", Dataset, IterableDataset)
 
 Stop = Literal["first", "all"]
+Item = TypeVar("Item")
 DRAWS = 4096  # drawn at once
 
 
@@ -71,6 +73,48 @@ def draws(shares: np.ndarray, *seed: int) -> Iterator[np.ndarray]:
     generator = np.random.default_rng(seed)
     while True:
         yield generator.choice(len(shares), size=DRAWS, p=shares)
+
+
+def mix_streams(
+    parts: Sequence[Callable[[], Iterator[Item]]],
+    shares: np.ndarray | None,
+    *seed: int,
+    stop: Stop = "first",
+) -> Iterator[Item]:
+    """Items of several streams as `plan_mixture` would lay them out, read one ahead.
+
+    Args:
+        parts: each begins its stream, anew whenever it is called; with `stop="all"` streams that ended begin again.
+        shares: how often each is drawn, adding up to 1. `None`: one after another.
+        seed: numbers that the draws depend on, such as a seed and an epoch.
+        stop: as in `plan_mixture`.
+    """
+    if shares is None:
+        for begin in parts:
+            yield from begin()
+        return
+    rest = {index: parts[index]() for index in np.flatnonzero(shares).tolist()}
+    firsts = {index: next(items, None) for index, items in rest.items()}
+    ahead = {index: item for index, item in firsts.items() if item is not None}
+    ended: set[int] = set()
+    for index in chain.from_iterable(array.tolist() for array in draws(shares, *seed)):
+        if not ahead or (stop == "first" and len(ahead) < len(rest)):
+            return
+        if index not in ahead:
+            continue
+        yield ahead[index]
+        ahead[index] = next(rest[index], None)
+        if ahead[index] is None:
+            ended.add(index)
+            if stop == "first" or len(ended) == len(ahead):
+                return
+            rest[index] = parts[index]()
+            ahead[index] = next(rest[index], None)
+            if ahead[index] is None:
+                raise DataError(
+                    f"stream {index + 1} of {len(parts)} gave rows once and none when it was read again, as a "
+                    "generator does. Give one that can be read several times, or end with the first."
+                )
 
 
 def shares_of(weights: Mapping | Sequence[float], names: Sequence) -> np.ndarray:

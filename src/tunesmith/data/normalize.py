@@ -1,4 +1,4 @@
-"""A row of any known format becomes an Example: one text, one conversation, or one prompt with its completion."""
+"""A row of any known format becomes an Example: a text, a conversation, or a prompt with its answers."""
 
 import json
 import math
@@ -27,7 +27,11 @@ class Message(TypedDict, total=False):
 
 
 class Example(TypedDict, total=False):
-    """What a row means: `text`, or `messages`, or `prompt` and `completion` (both strings or both turns)."""
+    """What a row means.
+
+    `text`, or `messages`, or `prompt` and `completion` (both strings or both turns), or, to compare answers, `prompt`,
+    `chosen` and `rejected` (all turns). An example that is only to be answered may have no answer.
+    """
 
     text: str
     messages: list[Message]
@@ -35,6 +39,10 @@ class Example(TypedDict, total=False):
     """Functions the assistant may call; with turns, or strings that become turns."""
     prompt: str | list[Message]
     completion: str | list[Message]
+    chosen: list[Message]
+    """The better answer, which ends with an assistant turn; the prompt holds what both answers share."""
+    rejected: list[Message]
+    """The worse answer."""
     chat_template_kwargs: dict[str, Any]
     """Further variables of the chat template, for this row; with turns, or strings that become turns."""
     source: str
@@ -59,6 +67,7 @@ ROLES: dict[str, str] = {
     "function_response": "tool",
 }
 MEDIA = ("images", "videos", "audios")
+ANSWERS = ("output", "completion")  # columns that a row without an answer lacks
 # Arguments of apply_chat_template that the renderer sets itself.
 OWN_ARGUMENTS = {
     "add_generation_prompt",
@@ -78,6 +87,8 @@ def normalize(
     format: str,
     columns: Mapping[str, str] | None = None,
     system_prompt: str | None = None,
+    *,
+    answers_needed: bool = True,
 ) -> Example:
     """Read one row as `format` says, check it, and note where it came from.
 
@@ -86,12 +97,15 @@ def normalize(
         format: name in `FORMATS`, or `file.py:function` whose function takes the row's dict and returns an Example.
         columns: our column name → the row's.
         system_prompt: system turn for a conversation that has none; texts and string prompts are no conversations.
+        answers_needed: a row without an answer is a bad row. Otherwise it is a prompt, as prediction wants it.
 
     Raises: RowError with the place, the reason and the way to mend it; ConfigError for an unknown format.
     """
     try:
-        value = _renamed_for(format, row.value, columns) if columns else row.value
-        example = _checked(_reader(format)(value), system_prompt)
+        value = _renamed_for(format, row.value, columns, answers_needed) if columns else row.value
+        if not answers_needed:
+            value = value | {name: "" for name in _answers_of(format) if value.get(name) is None}
+        example = _checked(_reader(format)(value), system_prompt, answers_needed)
         _no_media(row.value)
     except RowError as error:
         raise error.at(row.source, row.line) from None
@@ -99,7 +113,9 @@ def normalize(
     return example
 
 
-def _renamed_for(format: str, value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+def _renamed_for(
+    format: str, value: Mapping[str, Any], columns: Mapping[str, str], answers_needed: bool
+) -> dict[str, Any]:
     """`renamed`, after a check that `columns` names what the format reads and what the row has."""
     if format in FORMATS:
         known = (*FORMATS[format].columns, *FORMATS[format].optional)
@@ -107,10 +123,15 @@ def _renamed_for(format: str, value: Mapping[str, Any], columns: Mapping[str, st
             if ours not in known:
                 hint = did_you_mean(ours, known)
                 raise ConfigError(f"columns: format {format} reads no '{ours}'.{hint} It reads {', '.join(known)}.")
-            if ours in FORMATS[format].columns and theirs not in value:
+            is_needed = ours in FORMATS[format].columns and (answers_needed or ours not in ANSWERS)
+            if is_needed and theirs not in value:
                 what = f"columns reads '{ours}' from '{theirs}', but the row has {columns_of(value)}"
                 raise RowError(f"{what}.{did_you_mean(theirs, map(str, value))} Mend columns.", "missing-column")
     return renamed(value, columns)
+
+
+def _answers_of(format: str) -> tuple[str, ...]:
+    return tuple(name for name in ANSWERS if format in FORMATS and name in FORMATS[format].columns)
 
 
 def _reader(format: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -134,7 +155,7 @@ def _own_reader(format: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
         if not isinstance(example, dict) or not example.keys() & {"text", "messages", "prompt"}:
             raise RowError(
                 f"format '{format}' returned {visible(repr(example), 60)}; expected a dict with text, messages, or "
-                "prompt and completion.",
+                "prompt and completion (or chosen and rejected).",
                 "format-failed",
             )
         return example
@@ -145,25 +166,67 @@ def _own_reader(format: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 # Checks ------------------------------------------------------------------------------------------------------------
 
 
-def _checked(example: Mapping[str, Any], system_prompt: str | None) -> Example:
+def _checked(example: Mapping[str, Any], system_prompt: str | None, answers_needed: bool = True) -> Example:
     """The example with every turn in one shape, or a RowError that says what about it cannot be trained on."""
     if "text" in example:
         return {"text": _filled(example["text"], "text", "empty-text")}
+    if "chosen" in example or "rejected" in example:
+        return _checked_pair(example, system_prompt)
     if "messages" in example:
-        messages = [_message(turn, n) for n, turn in enumerate(turns_of(example["messages"], "messages"), 1)]
-        messages = _with_system_prompt(messages, system_prompt)
-        check_turns(messages)
+        messages = _with_system_prompt(_messages(example["messages"], "messages"), system_prompt)
+        messages = messages if answers_needed else _without_blank_end(messages)
+        check_turns(messages, answers_needed=answers_needed)
         return _with_template_variables({"messages": messages}, example)
-    prompt, completion = column(example, "prompt"), column(example, "completion")
+    prompt, completion = column(example, "prompt"), example.get("completion")
+    if answers_needed:
+        completion = column(example, "completion")
+    elif not completion or (isinstance(completion, str) and not completion.strip()):
+        return _checked_prompt(example, system_prompt)
     if isinstance(prompt, str):
         prompt = _filled(prompt, "prompt", "empty-prompt")
         texts: Example = {"prompt": prompt, "completion": _filled(completion, "completion", "empty-answer")}
         return _with_template_variables(texts, example)
-    before = [_message(turn, n) for n, turn in enumerate(turns_of(prompt, "prompt"), 1)]
-    before = _with_system_prompt(before, system_prompt)
-    after = [_message(turn, n) for n, turn in enumerate(turns_of(completion, "completion"), 1)]
+    before = _with_system_prompt(_messages(prompt, "prompt"), system_prompt)
+    after = _messages(completion, "completion")
     check_turns([*before, *after], last=len(after))
     return _with_template_variables({"prompt": before, "completion": after}, example)
+
+
+def _checked_prompt(example: Mapping[str, Any], system_prompt: str | None) -> Example:
+    """A prompt that has no answer."""
+    if isinstance(example["prompt"], str):
+        found: Example = {"prompt": _filled(example["prompt"], "prompt", "empty-prompt")}
+    else:
+        found = {"messages": _with_system_prompt(_messages(example["prompt"], "prompt"), system_prompt)}
+        check_turns(found["messages"], answers_needed=False)
+    return _with_template_variables(found, example)
+
+
+def _checked_pair(example: Mapping[str, Any], system_prompt: str | None) -> Example:
+    """A prompt and two answers that differ, each of them an answer."""
+    prompt = _with_system_prompt(_messages(column(example, "prompt"), "prompt"), system_prompt)
+    if not any(message["role"] == "user" for message in prompt):
+        raise RowError("the prompt has no user turn. Write what the answers answer.", "no-prompt")
+    pair = {name: _messages(column(example, name), name) for name in ("chosen", "rejected")}
+    for name, answer in pair.items():
+        try:
+            check_turns([*prompt, *answer], last=len(answer))
+        except RowError as error:
+            raise RowError(f"'{name}': {error}", error.reason) from None
+    if pair["chosen"] == pair["rejected"]:
+        raise RowError("'chosen' and 'rejected' are the same, so neither is better. Leave the row out.", "same-answer")
+    return _with_template_variables({"prompt": prompt, **pair}, example)
+
+
+def _messages(turns: Any, name: str) -> list[Message]:
+    return [_message(turn, number) for number, turn in enumerate(turns_of(turns, name), 1)]
+
+
+def _without_blank_end(messages: list[Message]) -> list[Message]:
+    """The conversation without a last answer that says nothing."""
+    last = messages[-1]
+    is_blank = last["role"] == "assistant" and not last["content"].strip() and not last.get("tool_calls")
+    return messages[:-1] if is_blank and len(messages) > 1 else messages
 
 
 def _filled(text: Any, name: str, reason: str) -> str:
@@ -239,8 +302,10 @@ def _with_system_prompt(messages: list[Message], system_prompt: str | None) -> l
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
-def check_turns(messages: Sequence[Message], last: int | None = None) -> None:
+def check_turns(messages: Sequence[Message], last: int | None = None, answers_needed: bool = True) -> None:
     """The policy on the order of turns; `last` is how many at the end are the completion.
+
+    Where no answer is needed, the two about a missing one do not hold.
 
         two user turns in a row      kept as they are
         empty user or system turn    kept as it is
@@ -259,14 +324,16 @@ def check_turns(messages: Sequence[Message], last: int | None = None) -> None:
                 f"turn {number} is a {role} turn; it may only come first. Move or remove it.", "system-not-first"
             )
     turns = roles[1:] if roles[0] in INSTRUCTING else roles
-    if "assistant" not in (roles[-last:] if last else turns):
+    if answers_needed and "assistant" not in (roles[-last:] if last else turns):
         raise RowError("there is no assistant turn, so nothing is trained. Add the answer.", "no-assistant")
+    if not turns:
+        raise RowError("there is only a system turn. Write what the model is to answer.", "empty-prompt")
     if turns[0] != "user":
         raise RowError(
             f"the first turn is the {turns[0]}'s, which answers nothing. Put the user turn before it.",
             "assistant-first",
         )
-    if roles[-1] != "assistant":
+    if answers_needed and roles[-1] != "assistant":
         raise RowError(
             f"the last turn is the {roles[-1]}'s, which no answer follows. Drop it, or add the assistant's reply.",
             "ends-with-user",

@@ -1,4 +1,4 @@
-"""Short documents → rows of at most max_length tokens: best-fit-decreasing, or cut to fill every row.
+"""Short documents → rows of at most max_length tokens: best-fit-decreasing, cut to fill every row, or exact blocks.
 
 A plan is made from the lengths alone; documents of one length are interchangeable, and so are rows with the same free
 space, so ten million documents are a few thousand array operations.
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
+    from tunesmith.data.report import Report
+
+PackingStrategy = Literal["bfd", "bfd_split", "wrapped", "blocks"]
 TOKEN_COLUMNS = ("input_ids", "labels", "weights")
 TOKENS_PER_CHUNK = 1 << 24  # gathered at once; bounds the temporary memory of `pack` to about 0.5 GiB
 
@@ -75,8 +77,11 @@ def plan_packing(lengths: Sequence[int] | np.ndarray, capacity: int) -> PackingP
 
 
 def length_before_packing(max_length: int | None, strategy: PackingStrategy, too_long: str) -> int | None:
-    """Tokens that a document may have before it is packed: any number (`None`) where packing itself cuts long ones."""
-    packing_cuts = strategy != "bfd" and too_long.startswith("truncate")
+    """Tokens that a document may have before it is packed: any number (`None`) where packing itself cuts long ones.
+
+    Blocks have no longest document: `too_long` says nothing about them.
+    """
+    packing_cuts = strategy == "blocks" or (strategy != "bfd" and too_long.startswith("truncate"))
     return None if packing_cuts else max_length
 
 
@@ -160,7 +165,12 @@ class _Rows:
             self.with_free[free].append(rows)
 
 
-def pack(rows: "Dataset | list[dict]", max_length: int, strategy: PackingStrategy = "bfd") -> "Dataset | list[dict]":
+def pack(
+    rows: "Dataset | list[dict]",
+    max_length: int,
+    strategy: PackingStrategy = "bfd",
+    report: "Report | None" = None,
+) -> "Dataset | list[dict]":
     """Join short documents into rows of at most `max_length` tokens.
 
     Args:
@@ -170,10 +180,12 @@ def pack(rows: "Dataset | list[dict]", max_length: int, strategy: PackingStrateg
         strategy: "bfd" keeps documents whole (best-fit decreasing); "bfd_split" first cuts those of more than
             `max_length` tokens into several; "wrapped" joins all in their order and cuts every `max_length` tokens;
             the last row is shorter. A document that is cut goes on as a new one, whose first token has nothing to be
-            predicted from: `sum(map(len, packed["seq_lengths"])) - len(rows)` tokens in all.
+            predicted from: `sum(map(len, packed["seq_lengths"])) - len(rows)` tokens in all. "blocks" is "wrapped"
+            without a shorter last row: every row has `max_length` tokens, and the tail of all documents is left out.
+        report: gets a note on that tail.
 
     Returns: rows with `seq_lengths` added, so that position ids restart at each document.
-    Raises: DataError if a document is empty or, under "bfd", longer than `max_length`.
+    Raises: DataError if a document is empty or, under "bfd", longer than `max_length`; if "blocks" would drop all.
     Source: Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv:2404.10830.
 
     >>> pack([{"input_ids": [1, 2, 3]}, {"input_ids": [4]}, {"input_ids": [5, 6]}], 4)
@@ -183,7 +195,7 @@ def pack(rows: "Dataset | list[dict]", max_length: int, strategy: PackingStrateg
     from datasets.table import InMemoryTable
 
     if isinstance(rows, list):
-        return pack(Dataset.from_list(rows), max_length, strategy).to_list() if rows else []
+        return pack(Dataset.from_list(rows), max_length, strategy, report).to_list() if rows else []
     if not len(rows):
         return rows
     columns = [name for name in TOKEN_COLUMNS if name in rows.column_names]
@@ -194,9 +206,11 @@ def pack(rows: "Dataset | list[dict]", max_length: int, strategy: PackingStrateg
     elif strategy == "bfd_split":
         _check_lengths(lengths, int(lengths.max()))
         sequences = _best_fit(*_cut_long(lengths, max_length), max_length)
-    elif strategy == "wrapped":
+    elif strategy in ("wrapped", "blocks"):
         _check_lengths(lengths, int(lengths.max()))
         sequences = _cut_at_row_edges(lengths, max_length)
+        if strategy == "blocks":
+            sequences = _whole_rows(sequences, int(lengths.sum()), max_length, report)
     else:
         raise DataError(f"unknown packing strategy '{strategy}'. Known: {', '.join(get_args(PackingStrategy))}.")
     return Dataset(InMemoryTable(_packed_table(table, lengths, sequences)))
@@ -236,6 +250,25 @@ def _cut_at_row_edges(lengths: np.ndarray, max_length: int) -> _Sequences:
     cuts = np.union1d(ends, edges)
     part_lengths = np.diff(cuts, prepend=0)
     return _Sequences(cuts - part_lengths, part_lengths, np.diff(np.searchsorted(cuts, edges) + 1, prepend=0))
+
+
+def _whole_rows(sequences: _Sequences, num_tokens: int, max_length: int, report: "Report | None") -> _Sequences:
+    """Without the last row, if it is shorter than the others; the report says how many tokens that leaves out."""
+    tail = num_tokens % max_length
+    if not tail:
+        return sequences
+    if num_tokens < max_length:
+        raise DataError(
+            f"all texts together have {num_tokens:,} tokens, less than one block of max_length {max_length:,}. Lower "
+            "max_length, or give more text."
+        )
+    if report is not None:
+        blocks = num_tokens // max_length
+        report.note(
+            f"{blocks:,} blocks of {max_length:,} tokens; the tail of {tail:,} tokens behind the last is left out"
+        )
+    last = sequences.per_row[-1]
+    return _Sequences(sequences.starts[:-last], sequences.lengths[:-last], sequences.per_row[:-1])
 
 
 def _packed_table(table: "pa.Table", lengths: np.ndarray, sequences: _Sequences) -> "pa.Table":

@@ -1,6 +1,7 @@
 """Rows in, tokenized rows out: normalize, render, tokenize and fit every row, and report what became of each."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,6 +38,7 @@ def read_examples(
     columns: dict[str, str] | None = None,
     system_prompt: str | None = None,
     on_bad_row: str = "error",
+    stage: str = "sft",
 ) -> list[Example]:
     """Rows as Examples, in the given or detected format.
 
@@ -47,11 +49,10 @@ def read_examples(
     """
     if not rows:
         return []
-    format = format or detect_format(rows, columns)
+    format = format or detect_format(rows, columns, stage=stage)
     report.note(describe_format(format, rows[0], columns))
-    examples = normalized(
-        rows, report, format=format, columns=columns, system_prompt=system_prompt, on_bad_row=on_bad_row
-    )
+    options = {"format": format, "columns": columns, "system_prompt": system_prompt, "on_bad_row": on_bad_row}
+    examples = normalized(rows, report, stage=stage, **options)
     note_duplicates(report, count_duplicates(examples), len(examples))
     return examples
 
@@ -65,17 +66,52 @@ def normalized(
     system_prompt: str | None = None,
     on_bad_row: str = "error",
     always_dropped: Sequence[str] = (),
+    stage: str = "sft",
 ) -> list[Example]:
     """Rows of one format as Examples; a bad row raises, is skipped, or is dropped for a reason in `always_dropped`."""
-    examples = []
+    rules = {"stage": stage, "on_bad_row": on_bad_row, "always_dropped": always_dropped}
+    read = partial(normalize, format=format, columns=columns, system_prompt=system_prompt)
+    return list(examples_of(rows, read, report, **rules))
+
+
+def examples_of(
+    rows: Iterable[Row],
+    read: Callable[[Row], Example],
+    report: Report,
+    *,
+    stage: str = "sft",
+    on_bad_row: str = "error",
+    always_dropped: Sequence[str] = (),
+) -> Iterator[Example]:
+    """Examples that `read` makes of rows, one by one; a bad row, or one for another stage, as in `normalized`."""
     for row in rows:
         try:
-            examples.append(normalize(row, format, columns, system_prompt))
+            example = read(row)
+            check_stage(example, stage)
         except RowError as error:
             if on_bad_row == "error" and error.reason not in always_dropped:
                 raise
             report.dropped(error.reason, row, str(error))
-    return examples
+        else:
+            yield example
+
+
+def check_stage(example: Example, stage: str) -> None:
+    """Refuse an example that the stage does not train on.
+
+    Raises: RowError.
+    """
+    if ("chosen" in example) == (stage == "rm") and ("text" in example or stage != "pt"):
+        return
+    if stage == "rm":
+        what = (
+            "stage rm compares two answers, and this row has not two. Set stage: sft, or give 'chosen' and 'rejected'."
+        )
+    elif "chosen" in example:
+        what = f"stage {stage} does not compare answers, and this row has a better and a worse one. Set stage: rm."
+    else:
+        what = "stage pt learns plain text, and this row is a conversation. Set stage: sft, or give a column of text."
+    raise RowError(what, "wrong-stage").at(example["source"], example["line"])
 
 
 def note_duplicates(report: Report, duplicates: int, of: int) -> None:

@@ -8,14 +8,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tunesmith.data.report import place, visible
-from tunesmith.data.rows import Row, RowError
+from tunesmith.data.rows import Row, RowError, without_nulls
 from tunesmith.errors import DataError
+
+PART = 2**20  # characters of a JSON array that are read at once
 
 # JSON ------------------------------------------------------------------------------------------------------------
 
@@ -67,17 +70,69 @@ def _line_hint(text: str, error: json.JSONDecodeError) -> str:
 
 
 def read_json(path: str) -> Iterator[Row | RowError]:
-    """A JSON array of objects; or, as many programs write `.json`, one object per line."""
-    raw = _without_bom(path, Path(path).read_bytes())
-    if not raw.lstrip().startswith(b"["):
-        if raw.lstrip().startswith(b"{") and len(raw.lstrip().splitlines()[0].strip()) == 1:
-            raise DataError(
-                f"{path} is one JSON object over several lines; expected an array of rows, or one object per line. "
-                f"If the rows stand under a key, take them out: jq .KEY {visible(os.path.basename(path))}"
-            )
-        yield from read_jsonl(path)
+    """A JSON array of objects, a part of it in memory; or, as many programs write `.json`, one object per line."""
+    with open(path, "rb") as file:
+        start = _without_bom(path, file.read(PART)).lstrip()
+    if start.startswith(b"["):
+        yield from _array_parts(path)
         return
-    yield from _array_rows(path, _decode_file(raw, path))
+    if start.startswith(b"{") and len(start.splitlines()[0].strip()) == 1:
+        raise DataError(
+            f"{path} is one JSON object over several lines; expected an array of rows, or one object per line. "
+            f"If the rows stand under a key, take them out: jq .KEY {visible(os.path.basename(path))}"
+        )
+    yield from read_jsonl(path)
+
+
+def _array_parts(path: str) -> Iterator[Row | RowError]:
+    """The elements of an array. At the first that is not whole and good, the whole file is read to say why."""
+    number, is_good = 0, False
+    with open(path, encoding="utf-8-sig", newline="") as file, suppress(UnicodeDecodeError):
+        number, is_good = yield from _whole_elements(path, file)
+    if not is_good:
+        text = _decode_file(_without_bom(path, Path(path).read_bytes()), path)
+        yield from islice(_array_rows(path, text), number, None)
+
+
+def _whole_elements(path: str, file: TextIO) -> Generator[Row | RowError, None, tuple[int, bool]]:
+    """Elements as they come; returns how many there were, and whether the array ended as it should."""
+    number, text = 0, file.read(PART)
+    begin = text.index("[") + 1
+    while True:
+        found = _whole_element(path, text, begin, number + 1)
+        if found is None:  # cut off by the end of the part, or broken
+            part = file.read(max(PART, len(text) - begin))
+            if not part:
+                return number, False
+            text, begin = text[begin:] + part, 0
+            continue
+        row, begin, closed = found
+        number += 1
+        yield row
+        if closed:
+            return number, not (text[begin:] + file.read()).strip(" \t\r\n")
+
+
+def _whole_element(path: str, text: str, begin: int, number: int) -> tuple[Row | RowError, int, bool] | None:
+    """The next element, where the one after it begins, and whether it was the last; None if it is not all there."""
+    begin, refused = BLANK.match(text, begin).end(), None
+    try:
+        try:
+            value, end = STRICT.raw_decode(text, begin)
+        except RowError as error:
+            value, end = LENIENT.raw_decode(text, begin)
+            refused = error
+    except (ValueError, RecursionError):
+        return None
+    separator = SEPARATOR.match(text, end)
+    if separator is None:
+        return None
+    try:
+        value = _object(value, SUSPICIOUS_ESCAPE.search(text, begin, end) is not None)
+    except RowError as error:
+        refused = refused or error
+    row = Row(value, path, number) if refused is None else refused.at(path, number)
+    return row, separator.end(), separator[1] == "]"
 
 
 def _decode_file(raw: bytes, path: str) -> str:
@@ -277,7 +332,7 @@ def read_parquet(path: str) -> Iterator[Row | RowError]:
             for batch in file.iter_batches(batch_size=1024):
                 for value in batch.to_pylist():
                     number += 1
-                    yield Row(value, path, number)
+                    yield Row(without_nulls(value), path, number)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         what = visible(str(error), 120).rstrip(".")
         raise DataError(
@@ -285,11 +340,40 @@ def read_parquet(path: str) -> Iterator[Row | RowError]:
         ) from error
 
 
+def read_arrow(path: str) -> Iterator[Row | RowError]:
+    """Rows of an Arrow file as `datasets` writes it (a stream), or in Arrow's file format; a batch at a time."""
+    import pyarrow
+    import pyarrow.ipc
+
+    number = 0
+    try:
+        with pyarrow.OSFile(path) as file:
+            is_file_format = file.read(6) == b"ARROW1"
+            file.seek(0)
+            for batch in _arrow_batches(pyarrow.ipc, file, is_file_format):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(without_nulls(value), path, number)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        what = visible(str(error), 120).rstrip(".")
+        raise DataError(f"{path}: not readable as Arrow after row {number}: {what}. Write the file again.") from error
+
+
+def _arrow_batches(ipc: Any, file: Any, is_file_format: bool) -> Iterator[Any]:
+    if not is_file_format:
+        yield from ipc.open_stream(file)
+        return
+    reader = ipc.open_file(file)
+    for index in range(reader.num_record_batches):
+        yield reader.get_batch(index)
+
+
 READERS: dict[str, Callable[[str], Iterator[Row | RowError]]] = {
     ".json": read_json,
     ".jsonl": read_jsonl,
     ".csv": read_csv,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
     ".txt": read_txt,
 }
 

@@ -1,10 +1,10 @@
 """What was kept, changed and dropped, and why; how many tokens train; and a preview of what the loss covers."""
 
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunesmith.data import IGNORE_INDEX
@@ -52,7 +52,7 @@ def place(source: str, line: int) -> str:
     """Where a row stands: `data.jsonl:3` where files count lines, `data.json row 3` where rows are counted."""
     if not line:
         return visible(source)
-    counts_lines = Path(source).suffix.lower() in (".jsonl", ".csv", ".txt")
+    counts_lines = os.path.splitext(source)[1].lower() in (".jsonl", ".csv", ".txt")
     return f"{visible(source)}:{line}" if counts_lines else f"{visible(source)} row {line}"
 
 

@@ -34,3 +34,12 @@ class RowError(DataError):
     def at_line(self, path: str, line: int) -> "RowError":
         """As `at`, where `line` is a line of the file whatever the file's type."""
         return self.at(path, line, f"{path}:{line}")
+
+
+def without_nulls(value: Any, depth: int = 0) -> Any:
+    """Objects inside a row without keys that are null: a table fills in every key that some other row has."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v, depth + 1) for k, v in value.items() if v is not None or depth == 0}
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+        return [without_nulls(item, depth + 1) for item in value]
+    return value

@@ -1,6 +1,6 @@
 """recipe.yaml and flags → `Recipe`: every wrong key, wrong value and contradiction in one report, with file and line.
 
-    file, Python keywords, flags ── read ──► Given ── name ──► coerce ──► settle ──► check ──► Recipe
+    file, Python keywords, flags ── read ──► Given ── names ──► coerce ──► settle ──► rules ──► Recipe
 
 A later layer wins: flags over keywords over the file. Relative `dataset` paths are taken from the current directory,
 and from the recipe's folder where the current directory has no such file.
@@ -14,15 +14,18 @@ from typing import Any
 from tunesmith.config import DataConfig, DecodingConfig, ModelFields, Recipe, RunConfig, TrainingFields
 from tunesmith.errors import ConfigError
 from tunesmith.recipe.coerce import coerce_all
-from tunesmith.recipe.given import FILE, Given, Problems
+from tunesmith.recipe.given import FILE, MAPPING, Given, Problems
+from tunesmith.recipe.names import named
+from tunesmith.recipe.phases import Phases, phases
 from tunesmith.recipe.read import READERS, read_file, read_flags, read_mapping
-from tunesmith.recipe.rules import Task, Where, check, named, settle
+from tunesmith.recipe.rules import Task, Where, check
 from tunesmith.recipe.schema import declared, options, options_help
+from tunesmith.recipe.settle import settle
 
-__all__ = ["Recipe", "Task", "load_for_model", "load_recipe", "options_help", "resolved"]
+__all__ = ["Phases", "Recipe", "Task", "load_for_model", "load_recipe", "options_help", "phases", "resolved"]
 
 SECRETS = ("hub_token", "hf_token")
-PATHS = ("dataset", "eval_dataset", "dataset_dir", "checkpoint_dir", "chat_template")
+PATHS = ("dataset", "eval_dataset", "dataset_dir", "checkpoint_dir", "chat_template", "deepspeed")
 PARTS: dict[str, type] = {"run": RunConfig, "model": ModelFields, "data": DataConfig, "decoding": DecodingConfig}
 
 
@@ -49,19 +52,19 @@ def load_recipe(
     if isinstance(path, str | Path):
         given += read_file(Path(path), problems)
     elif path is not None:
-        given += read_mapping(path)
+        given += read_mapping(path, MAPPING)
     given += read_mapping(overrides or {}) + read_flags(flags or [], problems)
     chosen = settle(coerce_all(named(given, problems), problems), problems)
     if isinstance(path, str | Path):
         chosen = {key: beside_recipe(item, Path(path).parent) for key, item in chosen.items()}
     check(chosen, problems, task)
     problems.raise_any()
-    return build(chosen)
+    return build(chosen, problems.notes)
 
 
 def beside_recipe(item: Given, folder: Path) -> Given:
     """A path from the file that only exists relative to the recipe's folder, as seen from here."""
-    if item.layer != FILE or item.key not in PATHS or item.value is None:
+    if item.layer != FILE or item.key not in PATHS or not isinstance(item.value, str | list):
         return item
 
     def found(path: str) -> str:
@@ -74,7 +77,7 @@ def beside_recipe(item: Given, folder: Path) -> Given:
     return item._replace(value=value)
 
 
-def build(chosen: Where) -> Recipe:
+def build(chosen: Where, notes: list[str]) -> Recipe:
     """The typed objects, each with the values that belong to it."""
 
     def part(cls: type) -> Any:
@@ -86,6 +89,7 @@ def build(chosen: Where) -> Recipe:
         **{name: part(cls) for name, cls in PARTS.items()},
         training={name: chosen[name].value for name in training},
         given={key: item.where for key, item in chosen.items()},
+        notes=notes,
     )
 
 
@@ -112,13 +116,14 @@ def load_for_model(place: str | Path, *, flags: list[str] | None = None, task: T
 def resolved(recipe: Recipe) -> dict[str, Any]:
     """Every own option and every given option of transformers: saved as recipe.yaml, it repeats the run.
 
-    Secrets are left out, and so is `trust_remote_code: true`, which no recipe may say.
+    The phases are written out. Secrets are left out, and so is `trust_remote_code: true`, which no recipe may say.
     """
     values: dict[str, Any] = {}
     for part in (recipe.run, recipe.model, recipe.data):
         values |= dataclasses.asdict(part)
     values |= {option.name: option.default for option in declared(TrainingFields)} | recipe.training
     values |= dataclasses.asdict(recipe.decoding)
+    values |= dict(zip(("do_train", "do_eval", "do_predict"), phases(recipe), strict=True))
     if values["trust_remote_code"]:
         del values["trust_remote_code"]
     return {key: value for key, value in values.items() if key not in SECRETS}

@@ -11,24 +11,28 @@ from tunesmith.recipe.given import Given, Problems
 from tunesmith.recipe.schema import fixed_words, is_enum, kinds, options, takes, wanted
 from tunesmith.recipe.yaml12 import inline
 
+WHOLE_TEXTS = ("system_prompt",)
+"""Options that take a list, but whose texts may hold commas and brackets."""
+
 
 def coerce_all(given: list[Given], problems: Problems) -> list[Given]:
     """The values converted to the types of their options."""
     result = []
     for item in given:
         try:
-            value = coerce(item.value, options()[item.key].annotation, item.text)
+            value = coerce(item.value, options()[item.key].annotation, item.text, whole=item.key in WHOLE_TEXTS)
             result.append(item._replace(value=value))
         except ValueError as error:
             problems.add(item, item.says(str(error)))
     return result
 
 
-def coerce(value: Any, annotation: Any, text: str | None = None) -> Any:
+def coerce(value: Any, annotation: Any, text: str | None = None, *, whole: bool = False) -> Any:
     """`value` as the type that `annotation` names, enums as their plain text.
 
     Args:
         text: the characters that a person typed, used where text is wanted and YAML saw a number.
+        whole: a text with commas is one text, not a list.
 
     Raises: ValueError with `expected ..., got ...` and, for a near miss of a fixed word, the nearest.
 
@@ -38,12 +42,12 @@ def coerce(value: Any, annotation: Any, text: str | None = None) -> Any:
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     try:
-        prepared = prepare(value, annotation, text)
+        prepared = prepare(value, annotation, text, whole)
         adapter = TypeAdapter(strict_words(annotation), config=ConfigDict(arbitrary_types_allowed=True))
         result = adapter.validate_python(prepared)
     except ValidationError as error:
         out_of_range = any(e["type"].startswith(("greater_than", "less_than")) for e in error.errors())
-        words = fixed_words(annotation)
+        words = [str(word) for word in fixed_words(annotation)]
         hint = did_you_mean(value, words) if isinstance(value, str) else ""
         raise ValueError(f"expected {wanted(annotation, out_of_range)}, got {shown(value, text)}.{hint}") from None
     if isinstance(result, list):
@@ -51,7 +55,7 @@ def coerce(value: Any, annotation: Any, text: str | None = None) -> Any:
     return result.value if isinstance(result, enum.Enum) else result
 
 
-def prepare(value: Any, annotation: Any, text: str | None) -> Any:
+def prepare(value: Any, annotation: Any, text: str | None, whole: bool = False) -> Any:
     """`value` before its type is checked: lists and mappings written as text, numbers that stand for text."""
     kind = kinds(annotation)
     if isinstance(value, os.PathLike):
@@ -62,7 +66,7 @@ def prepare(value: Any, annotation: Any, text: str | None) -> Any:
         value = text
     elif unwanted_bool or unwanted_float:
         raise ValueError(f"expected {wanted(annotation)}, got {shown(value, text)}.")
-    if not isinstance(value, str):
+    if not isinstance(value, str) or (whole and value[:2] not in ('["', "['")):
         return value
     if value[:1] in ("[", "{") and (takes(annotation, list) or takes(annotation, dict)):
         return inline(value)

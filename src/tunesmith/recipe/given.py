@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.errors import ConfigError
 
-FILE, PYTHON, FLAG = 0, 1, 2  # layers: the higher one wins
+FILE, MAPPING, PYTHON, FLAG = range(4)  # layers: a recipe file or a dict, keywords, flags; the higher one wins
 
 
 class Given(NamedTuple):
@@ -34,6 +34,8 @@ class Problems:
         self.source = source
         self.found: list[tuple[int, int, str]] = []
         self.keys: set[str] = set()
+        self.notes: list[str] = []
+        """Lines to print before the run: nothing is wrong, but a person may not expect it."""
 
     def add(self, given: Given, message: str, key: str = "") -> None:
         """Record a message about `given`; `key` is the option that the contradiction checks then leave alone."""

@@ -11,7 +11,8 @@ from tunesmith.config import ALIASES
 from tunesmith.errors import ConfigError
 from tunesmith.lookup import did_you_mean
 from tunesmith.recipe.given import FILE, FLAG, PYTHON, Given, Problems
-from tunesmith.recipe.schema import kinds, options, takes, wanted
+from tunesmith.recipe.names import annotation_of
+from tunesmith.recipe.schema import kinds, takes, wanted
 from tunesmith.recipe.yaml12 import Loader, repeated, scalar
 
 
@@ -106,9 +107,9 @@ def yaml_error(error: yaml.YAMLError, text: str, path: Path) -> ConfigError:
     return ConfigError(f"{path}:{mark.line + 1}: not valid YAML ({getattr(error, 'problem', error)}).")
 
 
-def read_mapping(values: Mapping[str, Any]) -> list[Given]:
-    """Python keywords, or a recipe given as a dict."""
-    return [Given(str(key), value, f"argument {key}", PYTHON) for key, value in values.items()]
+def read_mapping(values: Mapping[str, Any], layer: int = PYTHON) -> list[Given]:
+    """Python keywords, or a recipe given as a dict (layer MAPPING)."""
+    return [Given(str(key), value, f"argument {key}", layer) for key, value in values.items()]
 
 
 def read_flags(words: list[str], problems: Problems) -> list[Given]:
@@ -124,7 +125,8 @@ def read_flags(words: list[str], problems: Problems) -> list[Given]:
         values = [attached] if equals else words[position + 1 : end]
         stray = Given(word, None, word, FLAG, position)
         if not word.startswith("--"):
-            problems.add(stray, f"'{word}' is not a flag. The recipe comes first, then --option value.")
+            fix = f"Write --{word}." if equals else "The recipe comes first, then --option value."
+            problems.add(stray, f"'{word}' is not a flag. {fix}")
         else:
             found += read_flag(flag, values, position, problems)
         position = end
@@ -136,20 +138,19 @@ def read_flag(flag: str, values: list[str], position: int, problems: Problems) -
     key = flag[2:].replace("-", "_")
     if len(values) == 1:
         return [Given(key, scalar(values[0]), flag, FLAG, position, values[0])]
-    option = options().get(ALIASES.get(key, key))
-    item = Given(key, values, flag, FLAG, position)
+    item, annotation, name = Given(key, values, flag, FLAG, position), annotation_of(key), ALIASES.get(key, key)
+    anything = annotation is None or annotation is Any
     if not values:
-        positive = options().get(ALIASES.get(key[3:], key[3:])) if key.startswith("no_") else None
-        if option is None and positive is not None and bool in kinds(positive.annotation):
+        if annotation is None and key.startswith("no_") and bool in kinds(annotation_of(key[3:])):
             return [item._replace(spelled=key[3:], value=False)]
-        if option is None or bool in kinds(option.annotation):
+        if anything or bool in kinds(annotation):
             return [item._replace(value=True)]
-        problems.add(item, f"{flag}: expected {wanted(option.annotation)} after it, found nothing.", option.name)
+        problems.add(item, f"{flag}: expected {wanted(annotation)} after it, found nothing.", name)
         return []
-    if option is not None and not takes(option.annotation, list):
+    if not anything and not takes(annotation, list):
         extra = " ".join(values)
         problems.add(
-            item, f"{flag} takes one value, got '{extra}'. The recipe comes first, then --option value.", option.name
+            item, f"{flag} takes one value, got '{extra}'. The recipe comes first, then --option value.", name
         )
         return []
     return [item]

@@ -1,92 +1,17 @@
-"""What a recipe may say: which keys, which of several values wins, what cannot hold together, what must be there."""
+"""What cannot hold together, what must be there, and what is worth a line: all checked, all in one report."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tunesmith.config import ALIASES, ModelFields
-from tunesmith.lookup import did_you_mean
-from tunesmith.recipe.given import FILE, FLAG, Given, Problems
+from tunesmith.recipe.given import Given, Problems
+from tunesmith.recipe.llamafactory import different_defaults
+from tunesmith.recipe.phases import Phases, asked_for, has_held_out
 from tunesmith.recipe.schema import options
+from tunesmith.recipe.settle import FREEZE_KEYS, LORA_KEYS
 
 Task = Literal["train", "check", "eval", "predict", "chat"]
-
-# Words that other programs or transformers know and this version does not act on: an error, never ignored.
-NOT_YET: dict[str, str] = {
-    "generation_config": "is not implemented. Set max_new_tokens, temperature, top_p, ... directly",
-    "warmup_ratio": "is no option of transformers 5. Write it as warmup_steps: below 1 that is a share of the run",
-    "quantization_bit": "does not exist. Write load_in_4bit: true or load_in_8bit: true",
-    "save_safetensors": "does not exist: weights are always saved as safetensors",
-}
-
-
-def named(given: list[Given], problems: Problems) -> list[Given]:
-    """The values whose keys exist, under their canonical names."""
-    known = options()
-    result = []
-    for item in given:
-        key = ALIASES.get(item.spelled, item.spelled)
-        if key in NOT_YET:
-            if key not in known or item.value not in (known[key].default, False, None):
-                problems.add(item, f"{item.where}: '{item.spelled}' {NOT_YET[key]}.", key)
-        elif key in known:
-            result.append(item._replace(key=key))
-        else:
-            hint = did_you_mean(item.spelled, [*known, *ALIASES])
-            what = f"{item.where}: unknown key '{item.spelled}'"
-            if item.layer != FILE:
-                what = f"unknown {'flag' if item.layer == FLAG else 'option'} '{item.where.removeprefix('argument ')}'"
-            nearest = hint.split("'")[1] if hint else item.spelled
-            problems.add(item, f"{what}.{hint}", ALIASES.get(nearest, nearest))
-    return result
-
-
-# ------------------------------------------------------------------------------------------ one value a key
-
-LORA_KEYS = tuple(
-    n for n in ModelFields.__dataclass_fields__ if n.startswith("lora_") or n in ("use_rslora", "use_dora")
-)
-FREEZE_KEYS = tuple(n for n in ModelFields.__dataclass_fields__ if n.startswith("freeze_"))
-UNUSED_BY_ADAPTER = {"lora": FREEZE_KEYS, "full": LORA_KEYS + FREEZE_KEYS, "freeze": LORA_KEYS}
-# Given in a higher layer, the one takes the place of the other: `--max_steps 10` over a recipe with num_train_epochs.
-EITHER_OR = {
-    "max_steps": ("num_train_epochs",),
-    "num_train_epochs": ("max_steps",),
-    "eval_dataset": ("val_size",),
-    "val_size": ("eval_dataset",),
-}
-
-
-def settle(given: list[Given], problems: Problems) -> dict[str, Given]:
-    """One value a key: the highest layer's. Two spellings of one key in one layer must agree."""
-    chosen: dict[str, Given] = {}
-    for item in given:
-        old = chosen.get(item.key)
-        if old is not None and old.layer == item.layer and old.value != item.value:
-            if old.spelled == item.spelled:
-                problems.add(item, f"{item.where} is given twice, as {old.value!r} and as {item.value!r}.")
-            else:
-                place = f"{item.where}: " if item.layer == FILE else ""
-                problems.add(
-                    item,
-                    f"{place}'{old.spelled}' ({old.where}) and '{item.spelled}' name one option and differ: "
-                    f"{old.value!r} and {item.value!r}. Keep '{item.key}'.",
-                )
-        for replaced in replaces(item):
-            if replaced in chosen and chosen[replaced].layer < item.layer:
-                del chosen[replaced]
-        chosen[item.key] = item
-    return chosen
-
-
-def replaces(item: Given) -> tuple[str, ...]:
-    """Options of a lower layer that make no sense beside `item`: `--adapter full` over a recipe with lora_r."""
-    if item.key == "adapter":
-        return UNUSED_BY_ADAPTER.get(item.value, ())
-    return EITHER_OR.get(item.key, ())
-
-
-# ------------------------------------------------------------------------------------------ contradictions
-
 Values = Mapping[str, Any]
 Where = Mapping[str, Given]
 
@@ -100,14 +25,22 @@ class Rule(NamedTuple):
     """A sentence in which `{name}` stands for an option's value."""
 
 
-def has_eval(v: Values) -> bool:
-    """Whether there are held-out examples."""
-    return bool(v["eval_dataset"]) or v["val_size"] > 0
+# ------------------------------------------------------------------------------------------ reading the values
 
 
 def in_few_bits(v: Values) -> Any:
     """Whether the base is to be held in 4 or 8 bits."""
     return v["load_in_4bit"] or v["load_in_8bit"]
+
+
+def listed(value: str | list[str] | None) -> list[str]:
+    """The parts of an option that takes one or several."""
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def answers(v: Values) -> Any:
+    """Whether the run has answers written."""
+    return v["predict_with_generate"] or v["do_predict"] or v["compare_rows"] or v["sample_rows"]
 
 
 def gives_any(keys: Iterable[str], given: Where) -> bool:
@@ -120,24 +53,90 @@ def differs(key: str, given: Where) -> bool:
     return key in given and given[key].value != options()[key].default
 
 
-# What no recipe file may say, for any task; then what cannot hold together in training.
-SAFETY = [
-    Rule(
-        ("trust_remote_code",),
-        lambda v, given: v["trust_remote_code"] and given["trust_remote_code"].layer == FILE,
-        "a recipe may not allow a model's code to run. Remove it; pass --trust_remote_code if you trust the model.",
-    )
-]
+def system_prompts(v: Values) -> int:
+    """How many messages `system_prompt` holds; a text separates them by `|` where there are several datasets."""
+    given = v["system_prompt"]
+    if isinstance(given, list):
+        return len(given)
+    return given.count("|") + 1 if given and len(listed(v["dataset"])) > 1 else 1
+
+
+def bad_shares(v: Values) -> bool:
+    """Whether `interleave_probs` are not one share for each dataset."""
+    shares = [float(share) for share in listed(v["interleave_probs"])]
+    return len(shares) != len(listed(v["dataset"])) or min(shares) < 0 or abs(sum(shares) - 1) > 0.011
+
+
+def zero_stage(deepspeed: Mapping[str, Any] | str | None) -> Any:
+    """The ZeRO stage of a DeepSpeed configuration: a mapping, JSON text or a file. `None` where it cannot be read."""
+    if isinstance(deepspeed, str):
+        try:
+            text = deepspeed if deepspeed.startswith("{") else Path(deepspeed).read_text(encoding="utf-8")
+            deepspeed = json.loads(text)
+        except (OSError, ValueError):
+            return None
+    zero = deepspeed.get("zero_optimization") if isinstance(deepspeed, Mapping) else None
+    return zero.get("stage") if isinstance(zero, Mapping) else None
+
+
+def is_missing_file(value: Any) -> bool:
+    """Whether a configuration is named as a JSON file that does not exist."""
+    return isinstance(value, str) and value.endswith(".json") and not Path(value).is_file()
+
+
+# ------------------------------------------------------------------------------------------ contradictions
+
+# Whatever the recipe is for: training, evaluation or prediction.
 CONTRADICTIONS = [
+    Rule(
+        ("do_train", "do_eval", "do_predict"),
+        lambda v, given: not any(asked_for(said(given), has_held_out(v))),
+        "nothing is to be done: do_train is false, and so are do_eval and do_predict. Set one to true.",
+    ),
+    Rule(
+        ("stage", "predict_with_generate"),
+        lambda v, given: v["stage"] != "sft" and v["predict_with_generate"],
+        "predict_with_generate: only stage sft writes answers, and this is stage {stage}. Remove it.",
+    ),
+    Rule(
+        ("stage", "do_predict", "predict_with_generate"),
+        lambda v, given: v["stage"] == "sft" and v["do_predict"] and not v["predict_with_generate"],
+        "Please enable `predict_with_generate` to save model predictions.",
+    ),
+    Rule(
+        ("stage", "compare_rows", "sample_rows"),
+        lambda v, given: v["stage"] != "sft" and (v["compare_rows"] or v["sample_rows"]),
+        "compare_rows and sample_rows have answers written, which only stage sft does. Remove them.",
+    ),
+    Rule(
+        ("stage", "adapter"),
+        lambda v, given: v["stage"] == "rm" and v["adapter"] != "lora",
+        "stage: rm trains a LoRA adapter with a value head, not adapter: {adapter}. Set adapter: lora.",
+    ),
+    Rule(
+        ("stage", "train_on"),
+        lambda v, given: v["stage"] != "sft" and differs("train_on", given),
+        "train_on: {train_on} has no effect with stage: {stage}, which has no turns to choose from. Remove it.",
+    ),
+    Rule(
+        ("stage", "packing"),
+        lambda v, given: v["stage"] == "rm" and v["packing"],
+        "packing joins examples into rows, and stage: rm compares them in pairs. Remove packing.",
+    ),
+    Rule(
+        ("stage", "loss_type"),
+        lambda v, given: v["stage"] == "rm" and differs("loss_type", given),
+        "loss_type: {loss_type} has no effect with stage: rm, which has a loss of its own. Remove it.",
+    ),
     Rule(
         ("bf16", "fp16"),
         lambda v, given: v["bf16"] and v["fp16"],
         "bf16 and fp16 cannot both be true. Keep one.",
     ),
     Rule(
-        ("packing", "train_sampling_strategy"),
-        lambda v, given: v["packing"] and v["train_sampling_strategy"] == "group_by_length",
-        "packing fills every row, so group_by_length has nothing to group. Remove train_sampling_strategy.",
+        ("fp16", "use_cpu"),
+        lambda v, given: v["fp16"] and v["use_cpu"],
+        "a CPU does not multiply in float16. Set bf16: true in its place, or remove both fp16 and bf16.",
     ),
     Rule(
         ("adapter", *LORA_KEYS),
@@ -148,6 +147,31 @@ CONTRADICTIONS = [
         ("adapter", *FREEZE_KEYS),
         lambda v, given: v["adapter"] in ("full", "lora") and gives_any(FREEZE_KEYS, given),
         "freeze options have no effect with adapter: {adapter}. Set adapter: freeze, or remove them.",
+    ),
+    Rule(
+        ("adapter", "checkpoint_dir"),
+        lambda v, given: v["adapter"] == "none" and v["checkpoint_dir"],
+        "checkpoint_dir has no effect with adapter: none. Set adapter: lora for adapters, full for whole weights.",
+    ),
+    Rule(
+        ("adapter", "checkpoint_dir"),
+        lambda v, given: v["adapter"] in ("full", "freeze") and len(listed(v["checkpoint_dir"])) > 1,
+        "only adapter: lora takes several checkpoint_dir; adapter: {adapter} starts from one. Keep one.",
+    ),
+    Rule(
+        ("checkpoint_dir", "load_in_4bit", "load_in_8bit"),
+        lambda v, given: in_few_bits(v) and len(listed(v["checkpoint_dir"])) > 1,
+        "adapters cannot be merged into a 4- or 8-bit base, so it takes one checkpoint_dir. Merge them first.",
+    ),
+    Rule(
+        ("resume_lora_training", "checkpoint_dir", "load_in_4bit", "load_in_8bit"),
+        lambda v, given: in_few_bits(v) and v["checkpoint_dir"] and not v["resume_lora_training"],
+        "adapters cannot be merged into a 4- or 8-bit base, so no new one begins there. Remove resume_lora_training.",
+    ),
+    Rule(
+        ("resume_lora_training", "checkpoint_dir"),
+        lambda v, given: not v["resume_lora_training"] and not v["checkpoint_dir"],
+        "resume_lora_training: false merges the adapters of checkpoint_dir, which is not set. Set it, or remove this.",
     ),
     Rule(
         ("load_in_4bit", "load_in_8bit"),
@@ -170,14 +194,109 @@ CONTRADICTIONS = [
         "lora_init: {lora_init} takes a part out of the base's weights, which 4 and 8 bits do not allow. Remove it.",
     ),
     Rule(
+        ("load_in_4bit", "load_in_8bit", "deepspeed"),
+        lambda v, given: in_few_bits(v) and zero_stage(v["deepspeed"]) == 3,
+        "ZeRO stage 3 cuts weights into pieces, which a 4- or 8-bit base cannot be. Use stage 2, or full precision.",
+    ),
+    Rule(
+        ("deepspeed",),
+        lambda v, given: is_missing_file(v["deepspeed"]),
+        "deepspeed: there is no file {deepspeed}. Name DeepSpeed's JSON, or write its mapping here.",
+    ),
+    Rule(
         ("bnb_4bit_quant_type", "use_bnb_nested_quant", "load_in_4bit"),
         lambda v, given: not v["load_in_4bit"] and gives_any(("bnb_4bit_quant_type", "use_bnb_nested_quant"), given),
         "4-bit options have no effect without load_in_4bit: true. Add it, or remove them.",
     ),
     Rule(
+        ("rope_factor", "rope_scaling"),
+        lambda v, given: v["rope_factor"] is not None and v["rope_scaling"] is None,
+        "rope_factor has no effect without rope_scaling. Set rope_scaling: linear, dynamic, yarn or llama3.",
+    ),
+    Rule(
+        ("mix_strategy", "interleave_probs"),
+        lambda v, given: v["interleave_probs"] is not None and v["mix_strategy"] == "concat",
+        "interleave_probs has no effect with mix_strategy: concat. Set mix_strategy: interleave_under, or ..._over.",
+    ),
+    Rule(
+        ("interleave_probs", "dataset"),
+        lambda v, given: v["dataset"] and v["interleave_probs"] and bad_shares(v),
+        "interleave_probs: expected one share for each dataset, which add up to 1, got {interleave_probs}.",
+    ),
+    Rule(
+        ("system_prompt", "dataset"),
+        lambda v, given: v["dataset"] and system_prompts(v) not in (1, len(listed(v["dataset"]))),
+        "system_prompt: expected one text, or one for each dataset: a list, or separated by |.",
+    ),
+    Rule(
+        ("streaming", "buffer_size"),
+        lambda v, given: not v["streaming"] and differs("buffer_size", given),
+        "buffer_size has no effect without streaming: true. Add it, or remove buffer_size.",
+    ),
+    Rule(
+        ("streaming", "val_size"),
+        lambda v, given: v["streaming"] and 0 < v["val_size"] < 1,
+        "streaming does not know how many rows there are, so val_size cannot be a share. Write a count.",
+    ),
+    Rule(
+        ("eval_on_each_dataset", "eval_dataset", "dataset"),
+        lambda v, given: v["eval_on_each_dataset"] and len(listed(v["eval_dataset"]) or listed(v["dataset"])) < 2,
+        "eval_on_each_dataset needs several sets, in eval_dataset or, with val_size, in dataset. Name more, or remove "
+        "it.",
+    ),
+    Rule(
+        ("eval_dataset", "val_size"),
+        lambda v, given: v["eval_dataset"] and v["val_size"] > 0,
+        "eval_dataset and val_size both say what is held out. Keep one.",
+    ),
+    Rule(
+        ("max_source_length", "max_length"),
+        lambda v, given: v["max_length"] and (v["max_source_length"] or 0) > v["max_length"],
+        "max_source_length ({max_source_length}) is above max_length ({max_length}). Lower it, or raise max_length.",
+    ),
+    Rule(
+        ("max_target_length", "max_length"),
+        lambda v, given: v["max_length"] and (v["max_target_length"] or 0) > v["max_length"],
+        "max_target_length ({max_target_length}) is above max_length ({max_length}). Lower it, or raise max_length.",
+    ),
+    Rule(
+        ("eval_num_beams", "predict_with_generate", "do_predict"),
+        lambda v, given: v["eval_num_beams"] and not answers(v),
+        "eval_num_beams has no effect where no answers are written. Set predict_with_generate: true, or remove it.",
+    ),
+]
+
+# What a recipe that trains cannot say.
+TRAINING = [
+    Rule(
+        ("adapter",),
+        lambda v, given: v["adapter"] == "none",
+        "adapter: none trains nothing. Set adapter: lora, full or freeze, or do_train: false.",
+    ),
+    Rule(
+        ("adapter", "lora_target_modules"),
+        lambda v, given: v["adapter"] == "lora" and not v["lora_target_modules"],
+        "Please specify `lora_target` in LoRA training: all, or the names of modules.",
+    ),
+    Rule(
+        ("packing", "train_sampling_strategy"),
+        lambda v, given: v["packing"] and v["train_sampling_strategy"] == "group_by_length",
+        "packing fills every row, so group_by_length has nothing to group. Remove train_sampling_strategy.",
+    ),
+    Rule(
+        ("packing", "packing_strategy", "eval_packing"),
+        lambda v, given: not v["packing"] and not v["eval_packing"] and differs("packing_strategy", given),
+        "packing_strategy: {packing_strategy} has no effect without packing: true. Add it, or remove this.",
+    ),
+    Rule(
         ("do_merge", "adapter"),
         lambda v, given: v["do_merge"] and v["adapter"] in ("full", "freeze"),
         "do_merge has nothing to merge with adapter: {adapter}. Remove it.",
+    ),
+    Rule(
+        ("streaming", "max_steps"),
+        lambda v, given: v["streaming"] and v["max_steps"] < 1,
+        "Please specify `max_steps` in streaming mode: nobody knows how many rows a stream has.",
     ),
     Rule(
         ("load_best_model_at_end", "eval_strategy"),
@@ -186,18 +305,22 @@ CONTRADICTIONS = [
     ),
     Rule(
         ("eval_strategy", "eval_dataset", "val_size"),
-        lambda v, given: v["eval_strategy"] != "no" and not has_eval(v),
+        lambda v, given: v["eval_strategy"] != "no" and not has_held_out(v),
         "eval_strategy: {eval_strategy} needs held-out examples. Set eval_dataset or val_size.",
     ),
     Rule(
-        ("compare_rows", "eval_dataset", "val_size"),
-        lambda v, given: v["compare_rows"] and not has_eval(v),
-        "compare_rows needs held-out examples. Set eval_dataset or val_size.",
+        ("do_eval", "do_predict", "predict_with_generate", "eval_strategy", "eval_dataset", "val_size"),
+        lambda v, given: (
+            (v["do_eval"] or v["do_predict"] or v["predict_with_generate"])
+            and v["eval_strategy"] == "no"
+            and not has_held_out(v)
+        ),
+        "do_eval, do_predict and predict_with_generate need held-out examples. Set eval_dataset or val_size.",
     ),
     Rule(
-        ("eval_dataset", "val_size"),
-        lambda v, given: v["eval_dataset"] and v["val_size"] > 0,
-        "eval_dataset and val_size both say what is held out. Keep one.",
+        ("compare_rows", "sample_rows", "eval_dataset", "val_size"),
+        lambda v, given: (v["compare_rows"] or v["sample_rows"]) and not has_held_out(v),
+        "compare_rows and sample_rows need held-out examples. Set eval_dataset or val_size.",
     ),
     Rule(
         ("warmup_steps", "max_steps"),
@@ -214,23 +337,10 @@ CONTRADICTIONS = [
         lambda v, given: v["tokens_per_batch"] and v["max_length"] and v["tokens_per_batch"] < v["max_length"],
         "tokens_per_batch ({tokens_per_batch}) is below max_length ({max_length}): the longest example would not fit.",
     ),
-    Rule(
-        ("do_train",),
-        lambda v, given: "do_train" in given and not v["do_train"],
-        "do_train: false does not fit `tunesmith train`. Remove it, or use `tunesmith eval` or `tunesmith predict`.",
-    ),
 ]
-
 
 # ------------------------------------------------------------------------------------------ what must be there
 
-NEEDS: dict[str, tuple[str, ...]] = {
-    "train": ("model_name_or_path", "dataset"),
-    "check": ("model_name_or_path", "dataset"),
-    "eval": ("model_name_or_path", "eval_dataset"),
-    "predict": ("model_name_or_path", "eval_dataset"),
-    "chat": ("model_name_or_path",),
-}
 HOW_TO_SET = {
     "model_name_or_path": "Name the base model: a folder or a Hub id.",
     "dataset": "Name the examples: a file, a folder or a Hub id.",
@@ -238,17 +348,59 @@ HOW_TO_SET = {
 }
 
 
+def needed(values: Values, task: Task, parts: Phases) -> list[str]:
+    """The options without which there is nothing to do."""
+    if task == "chat":
+        return ["model_name_or_path"]
+    if task in ("eval", "predict"):
+        return ["model_name_or_path", "eval_dataset"]
+    if parts.train:
+        return ["model_name_or_path", "dataset"]
+    return ["model_name_or_path", *([] if values["dataset"] else ["eval_dataset"])]  # all of dataset, without training
+
+
+def said(chosen: Where) -> dict[str, Any]:
+    """The values as given."""
+    return {key: item.value for key, item in chosen.items()}
+
+
 def check(chosen: Where, problems: Problems, task: Task) -> None:
-    """Add what is missing and what contradicts itself."""
-    values = {name: option.default for name, option in options().items()}
-    values |= {key: item.value for key, item in chosen.items()}
-    for key in NEEDS[task]:
+    """Add what is missing, what contradicts itself and what is worth a line."""
+    values = {name: option.default for name, option in options().items()} | said(chosen)
+    runs = task in ("train", "check")
+    parts = asked_for(said(chosen), has_held_out(values)) if runs else Phases(False, task == "eval", task == "predict")
+    for key in needed(values, task, parts):
         if not values[key] and key not in problems.keys:
             problems.found.append((9, 0, f"{problems.source}: {key} is not set. {HOW_TO_SET[key]}"))
-    rules = SAFETY + (CONTRADICTIONS if task in ("train", "check") else [])
+    rules = (CONTRADICTIONS if runs else []) + (TRAINING if runs and parts.train else [])
     for rule in rules:
         if not problems.keys.intersection(rule.keys) and rule.broken(values, chosen):
-            given = [key for key in rule.keys if key in chosen]
-            places = [chosen[key].where for key in given if differs(key, chosen) or len(given) == 1]
-            message = rule.message.format_map(values)
-            problems.found.append((9, 1, f"{', '.join(places) or problems.source}: {message}"))
+            problems.found.append(
+                (9, 1, f"{places(rule, chosen) or problems.source}: {rule.message.format_map(values)}")
+            )
+    problems.notes += remarks(values, chosen, parts, runs)
+
+
+def places(rule: Rule, chosen: Where) -> str:
+    """Where the options of a broken rule were given."""
+    given = [key for key in rule.keys if key in chosen]
+    return ", ".join(dict.fromkeys(chosen[key].where for key in given if differs(key, chosen) or len(given) == 1))
+
+
+def remarks(values: Values, chosen: Where, parts: Phases, runs: bool) -> list[str]:
+    """Lines about a recipe that is right, but may not do what its writer thinks."""
+    lines: list[str] = []
+    if runs and not parts.train and "do_train" not in chosen:
+        what = "do_predict" if parts.predict else "do_eval"
+        lines.append(f"{what} is given and do_train is not, so nothing is trained. Add do_train: true to train, too.")
+    if in_few_bits(values) and not parts.train:
+        lines.append("Evaluating model in 4/8-bit mode may cause lower scores.")
+    drawing = [key for key in ("temperature", "top_p", "top_k") if differs(key, chosen)]
+    if drawing and not values["do_sample"]:
+        lines.append(
+            f"{', '.join(drawing)}: nothing is drawn, the likeliest token is taken. Add do_sample: true to draw."
+        )
+    if runs:
+        spelled = [item.spelled for item in chosen.values()]
+        lines += different_defaults(spelled, values, trains=parts.train, writes=bool(answers(values)))
+    return lines

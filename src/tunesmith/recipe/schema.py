@@ -74,6 +74,8 @@ def declared(cls: type) -> list[Option]:
         if not field.init:
             continue
         annotation = hints[field.name]
+        if annotation is str and field.metadata.get("choices"):  # transformers checks them on its command line only
+            annotation = Literal[tuple(field.metadata["choices"])]
         if field.name in RANGES:
             annotation = Annotated[(annotation, *RANGES[field.name])]
         factory = field.default_factory

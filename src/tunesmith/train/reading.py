@@ -16,7 +16,7 @@ from tunesmith.data.normalize import Example
 from tunesmith.data.pack import PackingStrategy, length_before_packing
 from tunesmith.data.prepare import BATCH_ROWS, normalized
 from tunesmith.data.report import Report, place
-from tunesmith.data.rows import Row, RowError
+from tunesmith.data.rows import Row, RowError, without_nulls
 from tunesmith.errors import DataError
 from tunesmith.lookup import did_you_mean
 
@@ -208,15 +208,6 @@ class Reader:
             self.format = self.how.format or detect_format(rows, self.columns)
 
 
-def without_nulls(value: Any, depth: int = 0) -> Any:
-    """Objects inside a row without keys that are null: a table fills in every key that some other row has."""
-    if isinstance(value, dict):
-        return {k: without_nulls(v, depth + 1) for k, v in value.items() if v is not None or depth == 0}
-    if isinstance(value, list) and value and isinstance(value[0], dict | list):
-        return [without_nulls(item, depth + 1) for item in value]
-    return value
-
-
 def numbered(name: str, values: Iterable[Mapping[str, Any]], from_table: bool) -> Iterator[Row]:
     """Rows with their numbers, from 1.
 
@@ -231,7 +222,9 @@ def numbered(name: str, values: Iterable[Mapping[str, Any]], from_table: bool) -
                 f"{name} row {number} is a {type(value).__name__}, not a dict of columns. Texts go into a column: "
                 '{"text": "..."}.'
             )
-        yield Row(without_nulls(dict(value)) if from_table else dict(value), name, number)
+        place = (value.get("source"), value.get("line"))  # of an example that was read from a file
+        is_place = isinstance(place[0], str) and isinstance(place[1], int)
+        yield Row(without_nulls(dict(value)) if from_table else dict(value), *(place if is_place else (name, number)))
 
 
 def values_of(dataset: Any) -> Iterator[Mapping[str, Any]]:

@@ -101,12 +101,13 @@ class TokenStream(Stream):
         for batch in growing_batches(rows, self.how.batch_size, characters):
             part = Report()
             part.read = len(batch)
-            sources = {row.line: row.value for row in batch}
+            sources = {(row.source, row.line): row.value for row in batch}
             examples = reader(batch, part)
             found = encode_batch(examples, self.how.tokenizer, self.how.encoding, part)
             self._count(part)
             for index, tokens in found:
-                kept = sources[examples[index]["line"]] if self.how.keep_columns else {}
+                place_of_row = (examples[index]["source"], examples[index]["line"])
+                kept = sources[place_of_row] if self.how.keep_columns else {}
                 yield {**kept, **(for_own_collator(tokens, reader) if self.how.own_collator else tokens)}
 
     def _ready(self, rows: Iterator[Row]) -> Iterator[dict[str, Any]]:
