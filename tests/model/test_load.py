@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.utils import is_flash_attn_2_available
 
 from tests.train.rows import make_trainer, token_rows
-from tunesmith.errors import ConfigError, ModelError, TemplateError
+from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model.load import adapter_base, load_any, load_model, load_tokenizer, model_max_length
 
 
@@ -35,18 +35,6 @@ def test_an_adapter_folder_loads_with_its_base(model_folder, tmp_path):
     assert adapter_base(str(tmp_path / "adapter")) == str(model_folder)
     assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
     assert any(parameter.requires_grad for parameter in again.parameters())
-
-
-def test_a_template_file_replaces_the_tokenizers(model_folder, tmp_path):
-    (tmp_path / "t.jinja").write_text("{{ messages[0].content }}")
-    for template in (str(tmp_path / "t.jinja"), "{{ messages[0].content }}"):
-        tokenizer = load_tokenizer(str(model_folder), chat_template=template)
-        assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi"
-
-
-def test_a_template_file_that_is_not_there(model_folder):
-    with pytest.raises(TemplateError, match=r"there is no file nowhere.jinja"):
-        load_tokenizer(str(model_folder), chat_template="nowhere.jinja")
 
 
 def test_a_folder_without_tokenizer(tiny_model, tmp_path):

@@ -1,6 +1,7 @@
 """A chat template bound to a tokenizer: conversations in, text out, and errors that name the row."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
     from tunesmith.data.normalize import Example
 
+NO_HISTORY = re.compile(r"\{#-?\s*use_history: false\s*-?#\}")  # a comment in templates that drop earlier exchanges
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ARGUMENTS: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer → template → which kinds of arguments it takes
 
 
@@ -77,8 +80,13 @@ class Chat:
         except Exception as error:  # a template is a foreign program: it may raise anything
             raise self.failed(error) from error
 
-    def generation_ranges(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as the template writes it, and the character ranges inside `{% generation %}` blocks."""
+    def marked_text(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]] | None]:
+        """The conversation as the template writes it, and the character ranges inside `{% generation %}` blocks.
+
+        `None` for a template without such blocks.
+        """
+        if not GENERATION_TAG.search(self.template):
+            return self.text(messages), None
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -93,6 +101,17 @@ class Chat:
         except Exception as error:  # as above
             raise self.failed(error) from error
         return texts[0], ranges[0]
+
+    def within_reach(self, messages: list[dict]) -> tuple[list[dict], int]:
+        """The turns that the template writes, and how many it leaves out: earlier exchanges, if it drops the history.
+
+        A system turn is kept: the template writes it, or the row is refused.
+        """
+        asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if not asked or not NO_HISTORY.search(self.template):
+            return messages, 0
+        head = 1 if messages[0]["role"] == "system" else 0
+        return messages[:head] + messages[asked[-1] :], max(0, asked[-1] - head)
 
     def with_arguments(self, messages: list[dict]) -> list[dict]:
         """The turns with the arguments of their tool calls as this template takes them: an object, or its JSON text.

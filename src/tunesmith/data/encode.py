@@ -1,8 +1,8 @@
 """Examples → token rows that fit: rendered, tokenized, cut or dropped, a batch at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunesmith.data import IGNORE_INDEX
 from tunesmith.data.chat_template import place_of
@@ -35,6 +35,8 @@ class Encoding:
     """Of plain text: what the tokenizer puts around every text, such as BOS."""
     label_with: Callable[[list[int]], list[int]] | None = None
     """Ids → labels, in place of those that `train_on` gives."""
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    """Variables of the template; an example's own win."""
     max_source_length: int | None = None
     """Tokens of what stands before an answer, see `turn_limits`. `None`: any number."""
     max_target_length: int | None = None
@@ -48,6 +50,7 @@ class Encoding:
             train_on=self.train_on,
             append_eos=self.append_eos,
             add_special_tokens=self.add_special_tokens,
+            chat_template_kwargs=self.chat_template_kwargs,
         )
 
     def render_prompt(
@@ -59,7 +62,7 @@ class Encoding:
             tokenizer,
             tools=example.get("tools"),
             where=place_of(example),
-            chat_template_kwargs=example.get("chat_template_kwargs"),
+            chat_template_kwargs={**(self.chat_template_kwargs or {}), **(example.get("chat_template_kwargs") or {})},
         )
 
     @property
@@ -130,13 +133,16 @@ def labelled_rows(
 
     kept = []
     found = tokenize([row for _, row in rows], tokenizer, lambda number, _: split.add(number), on_error, straight)
-    for number, ((index, _), tokens) in enumerate(zip(rows, found)):
+    for number, ((index, row), tokens) in enumerate(zip(rows, found)):
         fitted = None if number in failed else fit(examples[index], tokens, tokenizer, how, report)
         if fitted is not None:
             kept.append(Encoded(index, fitted))
             if number in split:
                 what = "the answer's first token is not merged with the prompt's last"
                 report.changed("split-at-boundary", examples[index], what)
+            if row.left_out:
+                what = f"{row.left_out} earlier turns, which the template does not write"
+                report.changed("history-left-out", examples[index], what)
     report.add_tokens(tokens for _, tokens in kept)
     report.kept += len(kept)
     return kept

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from tunesmith.data.chat_template import Chat, place_of, refusal
 from tunesmith.data.formats import INSTRUCTING
 from tunesmith.data.rows import RowError
-from tunesmith.data.spans import Span, prompt_text, trained_turns, turn_spans
+from tunesmith.data.spans import Span, prompt_text, trained_turns, turn_spans, untrained_spans, unwritten_stops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +42,13 @@ class Rendered(NamedTuple):
     """Put in front what the tokenizer puts there by habit, unless the text begins with it."""
     add_suffix: bool = False
     """Put behind what the tokenizer puts there by habit, unless the text ends with it."""
+    stops: Sequence[tuple[int, float]] = ()
+    """Where an answer ends although the template writes no stop token there, and the answer's weight: the model has
+    to write the stop token in place of what follows."""
+    untrained: Sequence[Span] = ()
+    """Other answers: no token reaches over their edges, in training and in prompts alike."""
+    left_out: int = 0
+    """Earlier turns that the template does not write."""
 
 
 def render(
@@ -52,6 +59,7 @@ def render(
     chat_template: str | None = None,
     append_eos: bool = True,
     add_special_tokens: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Rendered:
     """The text of an example and the spans that `train_on` selects; an example may come out with no span at all.
 
@@ -64,6 +72,7 @@ def render(
         chat_template: Jinja text used in place of the tokenizer's own.
         append_eos: a text (and prompt and completion strings without a chat template) ends with the stop token.
         add_special_tokens: it also gets what the tokenizer puts around every text, such as BOS.
+        chat_template_kwargs: further variables of the template; the example's own win.
 
     Raises: TemplateError (with `.reason`) where the template fails or cannot tell what to train; RowError where the
         row's own flags do.
@@ -80,7 +89,7 @@ def render(
         prompt = [{"role": "user", "content": prompt}]
         completion = [{"role": "assistant", "content": completion}]
     messages = example["messages"] if completion is None else [*prompt, *completion]
-    kwargs = example.get("chat_template_kwargs")
+    kwargs = {**(chat_template_kwargs or {}), **(example.get("chat_template_kwargs") or {})}
     chat = Chat.of(tokenizer, chat_template, example.get("tools"), place_of(example), kwargs)
     return _render_chat(chat, messages, train_on, first=len(prompt) if completion is not None else None)
 
@@ -107,16 +116,17 @@ def render_prompt(
     Raises: as `render`.
     """
     chat = Chat.of(tokenizer, chat_template, tools, where, chat_template_kwargs)
+    messages, left_out = chat.within_reach(list(messages))
     plain = chat.with_arguments([for_template(message) for message in messages])
     hidden = _Hider(control_tokens(tokenizer))
     masked = replace(chat, tools=hidden(chat.tools), kwargs=hidden(chat.kwargs))
     masked_messages = hidden(plain)
     full = prompt_text(masked, masked_messages)
     _check_written(masked, masked_messages, {}, full)
-    if not hidden.found:
-        return Rendered(full, [])
-    text = prompt_text(chat, plain)
-    return Rendered(text, [], _literal_ranges(text, full, where))
+    answers = untrained_spans(masked, masked_messages, full, control_tokens(tokenizer))
+    text = prompt_text(chat, plain) if hidden.found else full
+    literal = _literal_ranges(text, full, where) if hidden.found else ()
+    return Rendered(text, [], literal, untrained=answers, left_out=left_out)
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
@@ -173,7 +183,8 @@ def _eos(tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
 
 def _render_chat(chat: Chat, messages: list["Message"], train_on: str, first: int | None) -> Rendered:
     """Render, choose the turns, find their spans; `first`: index of the first message of a row's completion."""
-    turns = trained_turns(messages, train_on, first, chat.where)
+    messages, left_out = chat.within_reach(messages)
+    turns = trained_turns(messages, train_on, None if first is None else max(0, first - left_out), chat.where)
     plain = chat.with_arguments([for_template(message) for message in messages])
     controls = control_tokens(chat.tokenizer)
     # Structure is read off a rendering in which control tokens of the person's are replaced, so they cannot pass for
@@ -181,19 +192,25 @@ def _render_chat(chat: Chat, messages: list["Message"], train_on: str, first: in
     hidden = _Hider(controls)
     masked = replace(chat, tools=hidden(chat.tools), kwargs=hidden(chat.kwargs))
     masked_messages = hidden(plain)
-    full = masked.text(masked_messages)
+    full, ranges = masked.marked_text(masked_messages)
     _check_written(masked, masked_messages, turns, full)
     text = chat.text(plain) if hidden.found else full
     literal = _literal_ranges(text, full, chat.where) if hidden.found else ()
+    if turns:
+        answers = turn_spans(masked, masked_messages, turns, full, ranges, controls)
+    else:
+        answers = untrained_spans(masked, masked_messages, full, controls)
+    spans = [span for span in answers if span.weight > 0]
     if train_on == "all":
         begin = len(bos) if (bos := chat.tokenizer.bos_token) and full.startswith(bos) else 0
         spans = [Span(begin, len(full))]
-    else:
-        spans = turn_spans(masked, masked_messages, turns, full, controls)
     is_last_trained = train_on == "all" or len(messages) - 1 in turns
     if spans and is_last_trained and plain[-1]["role"] == "assistant":
         text, spans = _with_stop(text, full, spans, controls, chat)
-    return Rendered(text, [span for span in spans if span.weight > 0 and span.start < span.end], literal)
+    stops = [] if train_on == "all" else unwritten_stops(full, spans, controls)
+    spans = [span for span in spans if span.start < span.end]
+    untrained = [span for span in answers if span.weight == 0]
+    return Rendered(text, spans, literal, stops=stops, untrained=untrained, left_out=left_out)
 
 
 def _check_written(chat: Chat, messages: list[dict], turns: Mapping[int, float], full: str) -> None:

@@ -4,8 +4,8 @@ An answer begins where its prompt ends: `prompt_text` is the same for training a
 """
 
 import math
-import re
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from tunesmith.data.normalize import Message
 
 PROBE = "\ue001"  # an answer that no person gives
-GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _HEADERS: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer → template and its variables → header
+_STOPS: WeakKeyDictionary = WeakKeyDictionary()  # likewise → whether it writes a stop token
 
 
 class Span(NamedTuple):
@@ -74,12 +74,36 @@ def _weight(message: "Message", index: int, where: str) -> float:
 
 
 def turn_spans(
-    chat: Chat, messages: list[dict], turns: dict[int, float], full: str, controls: tuple[str, ...]
+    chat: Chat,
+    messages: list[dict],
+    turns: dict[int, float],
+    full: str,
+    ranges: list[tuple[int, int]] | None,
+    controls: tuple[str, ...],
 ) -> list[Span]:
-    """Where the trained turns' answers stand in `full`; control tokens in it must all be the template's own."""
-    if GENERATION_TAG.search(chat.template):
-        return _generation_spans(chat, messages, turns, full, controls)
-    return [_turn_span(chat, messages, i, full, turns[i], controls) for i in turns]
+    """Where the answers stand in `full`, those that are not in `turns` with weight 0.
+
+    Control tokens in `full` must all be the template's own. An answer that is not trained may be missing.
+    """
+    if ranges is not None:
+        return _generation_spans(chat, messages, turns, full, ranges, controls)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            with nullcontext() if i in turns else suppress(TemplateError):
+                spans.append(_turn_span(chat, messages, i, full, turns.get(i, 0.0), controls))
+    return spans
+
+
+def untrained_spans(chat: Chat, messages: list[dict], text: str, controls: tuple[str, ...]) -> list[Span]:
+    """Where the answers stand in a text of which none is trained by itself, such as a prompt; all have weight 0."""
+    if not any(message["role"] == "assistant" for message in messages):
+        return []
+    try:
+        full, ranges = chat.marked_text(messages)
+        return turn_spans(chat, messages, {}, full, ranges, controls) if text.startswith(full) else []
+    except TemplateError:  # e.g. tags around several turns
+        return []
 
 
 def prompt_text(chat: Chat, messages: list[dict]) -> str:
@@ -146,12 +170,14 @@ def _after_stop(full: str, start: int, end: int, controls: tuple[str, ...]) -> i
 
 
 def _generation_spans(
-    chat: Chat, messages: list[dict], turns: dict[int, float], full: str, controls: tuple[str, ...]
+    chat: Chat,
+    messages: list[dict],
+    turns: dict[int, float],
+    full: str,
+    ranges: list[tuple[int, int]],
+    controls: tuple[str, ...],
 ) -> list[Span]:
     """Spans of the `{% generation %}` blocks of the trained turns; a stop token right behind a block belongs to it."""
-    tracked, ranges = chat.generation_ranges(messages)
-    if tracked != full:
-        raise chat.refusal("the template renders the same conversation differently each time")
     assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if len(ranges) == len(assistant):
         weights = [turns.get(i, 0.0) for i in assistant]
@@ -162,10 +188,36 @@ def _generation_spans(
             f"the template marks {len(ranges)} parts with {{% generation %}} for {len(assistant)} assistant turns, so "
             "single turns cannot be chosen. Set train_on: assistant and remove train/weight from the messages"
         )
-    spans = []
+    spans, writes_stop = [], _writes_stop(chat, controls)
     for (start, end), weight in zip(ranges, weights):
         end = _after_stop(full, start, end, controls)
-        if not full[start:end].endswith(controls):
+        if writes_stop and not full[start:end].endswith(controls):
             end += len(next((token for token in controls if full.startswith(token, end)), ""))
         spans.append(Span(start, end, weight))
     return spans
+
+
+def _writes_stop(chat: Chat, controls: tuple[str, ...]) -> bool:
+    """Whether the control token behind an answer ends it, and does not just begin the next question (Baichuan's)."""
+    stops = _STOPS.setdefault(chat.tokenizer, {})
+    key = (chat.template, repr(chat.kwargs))
+    if key not in stops:
+        answer = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+        try:
+            behind = replace(chat, tools=None).text(answer).rpartition(PROBE)[2]
+        except TemplateError:  # a template with demands of its own; the row itself will tell
+            return True
+        stops[key] = behind.lstrip().startswith(controls)
+    return stops[key]
+
+
+def unwritten_stops(full: str, spans: Sequence[Span], controls: tuple[str, ...]) -> list[tuple[int, float]]:
+    """Ends and weights of answers that other text follows without a stop token.
+
+    As if each were the last of its conversation: there, eos is put behind it.
+    """
+    return [
+        (span.end, span.weight)
+        for span in spans
+        if span.end < len(full) and not full[span.start : span.end].rstrip().endswith(controls)
+    ]

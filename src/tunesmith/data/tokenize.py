@@ -33,7 +33,8 @@ class Tokens(TypedDict, total=False):
 
     input_ids: list[int]
     labels: list[int]
-    """The id where the token is trained, IGNORE_INDEX elsewhere. Not shifted."""
+    """The id where the token is trained, IGNORE_INDEX elsewhere. Not shifted. Behind an answer that the template ends
+    with no stop token stands the stop token's id, whatever the text goes on with."""
     weights: list[float]
     """Factor of each token's loss; the key is there only if some trained span has a weight other than 1."""
 
@@ -115,6 +116,7 @@ def tokenize(
                 if is_split and on_change:
                     on_change(index, "split-at-boundary")
                 tokens = _label(encoded, row.spans)
+                _stop(tokens, encoded, row.stops, tokenizer.eos_token_id)
             tokens = _begun(tokens, prefix) if row.add_bos else tokens
             results.append(_ended(tokens, suffix) if row.add_suffix else tokens)
         except RowError as error:
@@ -174,6 +176,16 @@ def _label(encoded: Encoded, spans: Sequence[Span]) -> Tokens:
     return tokens
 
 
+def _stop(tokens: Tokens, encoded: Encoded, stops: Sequence[tuple[int, float]], eos_id: int | None) -> None:
+    """Label the token behind an answer as the stop token, where the text has none there."""
+    for edge, weight in stops:
+        at = encoded.first_from(edge)
+        if tokens["labels"][at] == IGNORE_INDEX:
+            tokens["labels"][at] = eos_id
+            if "weights" in tokens:
+                tokens["weights"][at] = weight
+
+
 def _straddled(encoded: Encoded, spans: Sequence[Span], control_ids: set[int]) -> list[int]:
     """Edges of spans that lie inside a token.
 
@@ -230,7 +242,8 @@ class Encoder:
         if encoding is None and not row.literal:
             (encoding,) = encode_straight([row], self)
         encoded = self.encode_pieces(row, []) if encoding is None else Encoded.of(encoding)
-        cuts = _straddled(encoded, row.spans, self.control_ids) + self.read_ahead(row, encoded)
+        answers = [*row.spans, *row.untrained]
+        cuts = _straddled(encoded, answers, self.control_ids) + self.read_ahead(row, answers, encoded)
         return (self.encode_pieces(row, cuts), True) if cuts else (encoded, False)
 
     def encode_pieces(self, row: Rendered, cuts: Sequence[int]) -> Encoded:
@@ -254,12 +267,12 @@ class Encoder:
             raise _no_clean_split(row.text, cuts[0])
         return whole
 
-    def read_ahead(self, row: Rendered, encoded: Encoded) -> list[int]:
+    def read_ahead(self, row: Rendered, answers: Sequence[Span], encoded: Encoded) -> list[int]:
         """Starts of spans before which the tokens are others than those of the same text without a continuation.
 
         GPT-2's pattern splits white space by what follows: two line breaks are one token, or two before a letter.
         """
-        return [span.start for span in row.spans if span.start > 0 and self._reads_ahead(row, encoded, span.start)]
+        return [span.start for span in answers if span.start > 0 and self._reads_ahead(row, encoded, span.start)]
 
     def _reads_ahead(self, row: Rendered, encoded: Encoded, edge: int) -> bool:
         stop = encoded.first_from(edge)
@@ -327,7 +340,7 @@ def _by_prefixes(row: Rendered, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
 
     ids = encode(row.text)
     counts = {}
-    for edge in {edge for span in (*row.spans, *row.literal) for edge in span[:2]}:
+    for edge in {edge for span in (*row.spans, *row.literal) for edge in span[:2]} | {edge for edge, _ in row.stops}:
         prefix = encode(row.text[:edge])
         if row.literal or ids[: len(prefix)] != prefix:
             raise RowError(
@@ -337,7 +350,10 @@ def _by_prefixes(row: Rendered, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
             )
         counts[edge] = len(prefix)
     spans = [Span(counts[span.start], counts[span.end], span.weight) for span in row.spans]
-    return _label(Encoded(ids, list(range(len(ids))), []), spans)
+    encoded = Encoded(ids, list(range(len(ids))), [])
+    tokens = _label(encoded, spans)
+    _stop(tokens, encoded, [(counts[edge], weight) for edge, weight in row.stops], tokenizer.eos_token_id)
+    return tokens
 
 
 def added_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:

@@ -86,6 +86,8 @@ def limited(tokens: Tokens, turns: Sequence[Turn], limits: Limits) -> tuple[Toke
         if is_cut:
             done.setdefault("target-cut", f"{turn.stop - turn.start} tokens, max_target_length is {limits.target}")
             untrained |= {target[-1]} if target[-1] == turn.stop - 1 else set()
+            if not turn.is_stopped and all(turn.stop != other.start for other in turns):
+                untrained.add(turn.stop)  # its label is the stop token, which the template does not write
         kept += [*source, *target]
         begin = turn.stop
     else:
@@ -198,6 +200,10 @@ def _conversations(
         return [None if not tokenizer.chat_template else [{"role": "user", "content": prompt}]] * len(rendered.spans)
     messages = example["messages"] if completion is None else [*prompt, *completion]
     first = None if completion is None else len(prompt)
+    if rendered.left_out:
+        head = 1 if messages[0]["role"] == "system" else 0
+        messages = messages[:head] + messages[head + rendered.left_out :]
+        first = None if first is None else max(0, first - rendered.left_out)
     turns = list(trained_turns(messages, train_on, first, place_of(example)))
     if len(turns) != len(rendered.spans):
         raise RowError(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tunesmith.errors import ConfigError, ModelError, TemplateError
+from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model.chain import (
     ADAPTER_CONFIG,
     adapter_base,
@@ -27,30 +27,24 @@ from tunesmith.model.quantize import (
 from tunesmith.model.rope import with_positions
 
 
-def load_tokenizer(
-    name: str, *, chat_template: str | None = None, gguf_file: str | None = None, **hub: Any
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or adapter folder or Hub id.
+def load_tokenizer(name: str, *, gguf_file: str | None = None, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or adapter folder or Hub id. `data.templates.use_template` gives it another template.
 
     Args:
         name: folder or Hub id.
-        chat_template: Jinja file or Jinja text that replaces the tokenizer's own template.
         gguf_file: file inside `name` that holds tokenizer and weights.
         hub: `revision`, `trust_remote_code`, `cache_dir`, `token`.
 
-    Raises: ModelError if there is none; TemplateError if the template file does not exist.
+    Raises: ModelError if there is none.
     """
     check_folder(name, gguf_file)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file, **hub)
+        return AutoTokenizer.from_pretrained(name, gguf_file=gguf_file, **hub)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{name}: no tokenizer can be loaded from there ({first_line(error)}). A model folder needs its tokenizer "
             "files (tokenizer.json, tokenizer_config.json) beside config.json: copy them from the base model."
         ) from error
-    if chat_template is not None:
-        tokenizer.chat_template = read_template(chat_template)
-    return tokenizer
 
 
 def load_model(
@@ -228,36 +222,6 @@ def listing(folder: Path) -> str:
         return "nothing, it is a file"
     names = sorted(entry.name for entry in folder.iterdir())
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
-
-
-def read_template(chat_template: str) -> str:
-    """Jinja text as it is, the content of the file it names, or the template of the tokenizer it names.
-
-    Raises: TemplateError for a file or tokenizer that does not exist, and for a tokenizer without a template.
-    """
-    if "{{" in chat_template or "{%" in chat_template:
-        return chat_template
-    path = Path(chat_template)
-    is_hub_id = not path.exists() and not path.suffix and chat_template.count("/") == 1
-    if path.is_dir() or is_hub_id:
-        return template_of(chat_template)
-    if not path.is_file():
-        raise TemplateError(f"chat_template: there is no file {chat_template}, and it is no Jinja text (no '{{{{').")
-    return path.read_text(encoding="utf-8")
-
-
-def template_of(name: str) -> str:
-    """The chat template of the tokenizer in a folder, which need hold no model, or on the Hub."""
-    try:
-        template = AutoTokenizer.from_pretrained(name).chat_template
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TemplateError(
-            f"chat_template: {name} holds no tokenizer that can be loaded ({first_line(error)}). Name a Jinja file or "
-            "a tokenizer's folder or Hub id."
-        ) from error
-    if not isinstance(template, str):
-        raise TemplateError(f"chat_template: the tokenizer {name} has no chat template. Name another.")
-    return template
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

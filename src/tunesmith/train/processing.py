@@ -6,9 +6,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith.data.templates import use_template
 from tunesmith.errors import ConfigError
 from tunesmith.lookup import did_you_mean
-from tunesmith.model.load import load_tokenizer, read_template
+from tunesmith.model.load import load_tokenizer
 from tunesmith.train.options import SFTConfig, loading
 
 # Arguments of `from_pretrained` that say where model and tokenizer come from.
@@ -42,13 +43,11 @@ def processing_for(model: Any, given: Any, args: SFTConfig) -> Any:
             UserWarning,
             stacklevel=3,
         )
-    changes = {
-        "chat_template": None if args.chat_template is None else read_template(args.chat_template),
-        "eos_token": args.eos_token,
-        "pad_token": args.pad_token,
-    }
+    changes = {"eos_token": args.eos_token, "pad_token": args.pad_token}
     changes = {key: value for key, value in changes.items() if value is not None}
-    return changed(given, changes) if changes else given
+    if args.chat_template is not None:  # knows the tokens asked for, and does not overrule them
+        given = templated(changed(given, changes), args.chat_template)
+    return changed(given, changes)
 
 
 def tokenizer_in(processing_class: Any) -> PreTrainedTokenizerBase | None:
@@ -70,23 +69,42 @@ def own_tokenizer(model: Any, args: SFTConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def templated(processing_class: Any, chat_template: str) -> Any:
+    """A copy of a tokenizer or processor with another chat template; itself if it has that one."""
+    tokenizer = _required_tokenizer(processing_class, "chat_template")
+    other = use_template(tokenizer, chat_template)
+    return processing_class if other is tokenizer else _with_tokenizer(processing_class, other)
+
+
 def changed(processing_class: Any, changes: dict[str, str]) -> Any:
-    """A copy of a tokenizer or processor with other special tokens or another template; itself if nothing differs."""
-    if all(getattr(tokenizer_in(processing_class), key, None) == value for key, value in changes.items()):
+    """A copy of a tokenizer or processor with other special tokens; itself if nothing differs."""
+    if not changes:
         return processing_class
-    processing_class = copy.deepcopy(processing_class)
-    tokenizer = tokenizer_in(processing_class)
-    if tokenizer is None:
-        raise ConfigError(
-            f"{', '.join(changes)}: {type(processing_class).__name__} has no tokenizer. Give one that has."
-        )
+    tokenizer = _required_tokenizer(processing_class, ", ".join(changes))
+    if all(getattr(tokenizer, key) == value for key, value in changes.items()):
+        return processing_class
+    tokenizer = copy.deepcopy(tokenizer)
     for key, value in changes.items():
-        if key != "chat_template" and value not in tokenizer.get_vocab():
+        if value not in tokenizer.get_vocab():
             hint = did_you_mean(value, tokenizer.all_special_tokens)
             raise ConfigError(f"{key}: the tokenizer has no token {value!r}.{hint} Name one of its tokens.")
-        for part in {id(part): part for part in (tokenizer, processing_class)}.values():
-            if key == "chat_template" or part is tokenizer:
-                setattr(part, key, value)
+        setattr(tokenizer, key, value)
+    return _with_tokenizer(processing_class, tokenizer)
+
+
+def _required_tokenizer(processing_class: Any, options: str) -> PreTrainedTokenizerBase:
+    tokenizer = tokenizer_in(processing_class)
+    if tokenizer is None:
+        raise ConfigError(f"{options}: {type(processing_class).__name__} has no tokenizer. Give one that has.")
+    return tokenizer
+
+
+def _with_tokenizer(processing_class: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The tokenizer itself, or a copy of the processor around it, which renders with the same template."""
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        return tokenizer
+    processing_class = copy.deepcopy(processing_class)
+    processing_class.tokenizer, processing_class.chat_template = tokenizer, tokenizer.chat_template
     return processing_class
 
 

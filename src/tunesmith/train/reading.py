@@ -65,6 +65,7 @@ class Preparation:
     format: str | None = None
     columns: dict[str, str] | None = None
     system_prompt: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     @property
     def encoding(self) -> Encoding:
@@ -78,6 +79,7 @@ class Preparation:
             append_eos=self.append_eos,
             add_special_tokens=self.add_special_tokens,
             label_with=self.label_with,
+            chat_template_kwargs=self.chat_template_kwargs,
             max_source_length=self.max_source_length,
             max_target_length=self.max_target_length,
         )
@@ -125,6 +127,7 @@ def preparation_of(
         skip=bool(kwargs.get("skip_prepare_dataset", False)),
         num_of_sequences=args.num_of_sequences,
         chars_per_token=args.chars_per_token,
+        chat_template_kwargs=args.chat_template_kwargs,
         **{key: kwargs[key] for key in OF_DATASETS if key in kwargs},
     )
 
