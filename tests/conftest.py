@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TUNESMITH_CACHE", "off")  # nothing of a test stays in the user's cache folder
 
 import pytest
 from hypothesis import settings

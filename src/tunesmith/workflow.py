@@ -26,6 +26,7 @@ from tunesmith.data.pairs import encode_pairs
 from tunesmith.data.prepare import encode_examples
 from tunesmith.data.report import Report, first_row_lines, preview
 from tunesmith.data.stream import FINISHED, stream
+from tunesmith.data.templates import use_template
 from tunesmith.deliver.chat import chat as talk
 from tunesmith.deliver.merge import merge
 from tunesmith.deliver.summary import show_answers, show_reports, show_results
@@ -244,9 +245,11 @@ def tell(lines: Sequence[str], folder: Run | None, console: Console) -> None:
 
 def tokenizer_of(recipe: Recipe, say: Callable[[str], None] | None = None) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer that the recipe's model brings, with the recipe's template."""
-    tokenizer = open_tokenizer(recipe.model, chat_template=recipe.training.get("chat_template"), say=say)
+    tokenizer = open_tokenizer(recipe.model, say=say)
     asked = {key: recipe.training[key] for key in ("eos_token", "pad_token") if recipe.training.get(key)}
-    return changed(tokenizer, asked) if asked else tokenizer
+    if recipe.training.get("chat_template"):  # which needs to know the tokens asked for, and may bring its own
+        tokenizer = use_template(changed(tokenizer, asked), recipe.training["chat_template"])
+    return changed(tokenizer, asked)
 
 
 def prepare_data(recipe: Recipe, tokenizer: Any, *, check: bool = True) -> Prepared:

@@ -299,4 +299,3 @@ def test_the_tokenizer_is_that_of_the_last_training(base, adapters, byte_tokeniz
     (tmp_path / "b" / "chat_template.jinja").write_text("{{ 'trained' }}")
     assert open_tokenizer(ModelFields(base, checkpoint_dir=adapters)).chat_template == "{{ 'trained' }}"
     assert open_tokenizer(ModelFields(base, checkpoint_dir=adapters[0])).chat_template == byte_tokenizer.chat_template
-    assert open_tokenizer(ModelFields(base), chat_template="{{ 1 }}").chat_template == "{{ 1 }}"

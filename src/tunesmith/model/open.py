@@ -50,9 +50,7 @@ class Start(NamedTuple):
 # ---- the doors ---------------------------------------------------------------------------------------------------
 
 
-def open_tokenizer(
-    options: ModelFields, *, chat_template: str | None = None, say: Say | None = None
-) -> PreTrainedTokenizerBase:
+def open_tokenizer(options: ModelFields, *, say: Say | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that the model was last trained with: of the last folder in `checkpoint_dir` that has one, or the
     base's.
 
@@ -66,10 +64,9 @@ def open_tokenizer(
         if options.adapter != "none" and (Path(folder) / "tokenizer_config.json").is_file()
     ]
     if folders:
-        return load_tokenizer(folders[-1], chat_template=chat_template, trust_remote_code=options.trust_remote_code)
+        return load_tokenizer(folders[-1], trust_remote_code=options.trust_remote_code)
     return load_tokenizer(
         named_base(options),
-        chat_template=chat_template,
         gguf_file=options.gguf_file,
         use_fast=options.use_fast_tokenizer,
         **hub_options(options),
