@@ -21,7 +21,13 @@ from tunesmith.config import field_docs
 ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "docs" / "api.md"
 OWN = "tunesmith"
-TABLES = {"FORMATS": "format", "ADAPTERS": "adapter", "LOSSES": "loss_type", "METRICS": "metrics"}
+TABLES = {
+    "FORMATS": "format",
+    "TEMPLATES": "chat_template",
+    "ADAPTERS": "adapter",
+    "LOSSES": "loss_type",
+    "METRICS": "metrics",
+}
 INHERITED = {
     "Seq2SeqTrainer": "https://huggingface.co/docs/transformers/main_classes/trainer",
     "Seq2SeqTrainingArguments": "https://huggingface.co/docs/transformers/main_classes/trainer",
@@ -126,6 +132,8 @@ def entries(table: str, option: str) -> Iterator[str]:
 
 def says(value: Any) -> str:
     """First line of a function's docstring; the text in an entry that has one."""
+    if about := getattr(value, "about", ""):
+        return about
     texts = [part for part in value if isinstance(part, str)] if isinstance(value, tuple) else []
     return texts[0] if texts else (inspect.getdoc(value) or "").split("\n")[0] if inspect.isfunction(value) else ""
 

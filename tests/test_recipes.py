@@ -15,9 +15,8 @@ SMALL = {"max_length": 1024, "max_new_tokens": 2, "use_cpu": True, "bf16": False
 
 @pytest.fixture
 def model(make_tiny_model, byte_tokenizer, tmp_path) -> str:
-    make_tiny_model(hidden_size=64, intermediate_size=128, max_position_embeddings=2048).save_pretrained(
-        tmp_path / "model"
-    )
+    wide = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 2048, "num_hidden_layers": 4}
+    make_tiny_model(**wide).save_pretrained(tmp_path / "model")
     byte_tokenizer.save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
 

@@ -177,7 +177,13 @@ def run_training(
         plot_curves(trainer.state.log_history, folder.path, title, STAGES[recipe.run.stage].unit)
     if after:
         answers = (folder.path / f"predictions_{when}.jsonl" for when in ("before", "after"))
-        shown = comparisons(data.held_out, trainer.processing_class, *answers, limit=SHOWN_COMPARISONS)
+        shown = comparisons(
+            data.held_out,
+            trainer.processing_class,
+            *answers,
+            chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
+            limit=SHOWN_COMPARISONS,
+        )
         show_answers(shown, min(recipe.run.compare_rows, len(data.held_out)), before, after, console)
 
 
@@ -363,7 +369,8 @@ def build_trainer(
     trainer.add_callback(RunLogCallback(folder, lambda: trainer.tokens_seen))
     if recipe.run.sample_rows and data.held_out:
         few = data.held_out[: recipe.run.sample_rows]
-        trainer.add_callback(SampleCallback(folder, few, tokenizer, decoding(recipe)))
+        kwargs = recipe.training.get("chat_template_kwargs")
+        trainer.add_callback(SampleCallback(folder, few, tokenizer, decoding(recipe), chat_template_kwargs=kwargs))
     return trainer
 
 
@@ -514,7 +521,14 @@ def chat(recipe: Recipe, system: str | None = None) -> None:
     console = Console()
     tokenizer = tokenizer_of(recipe)
     model = usable_model(recipe, tokenizer, lambda line: tell([line], None, console))
-    talk(model, tokenizer, system=system or system_prompt(recipe), decoding=recipe.decoding, console=console)
+    talk(
+        model,
+        tokenizer,
+        system=system or system_prompt(recipe),
+        decoding=recipe.decoding,
+        chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
+        console=console,
+    )
 
 
 def system_prompt(recipe: Recipe) -> str | None:

@@ -63,8 +63,9 @@ class Card:
     is_adapter: bool = False
     is_chat: bool = False
     """The tokenizer has a chat template, so the quick start asks with messages."""
-    reads_images: bool = False
-    """No quick start is written: what it takes differs from model to model."""
+    method: str = "SFT (supervised fine-tuning)"
+    answers: bool = True
+    """It writes texts from texts alone, so there is a quick start. What others take differs from model to model."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     """For each dataset its name, and rows and tokens, as `data_rows` gives them."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +85,7 @@ def write_card(
     tags: str | Sequence[str] | None = None,
     reports: Mapping[str, Any] | None = None,
     log_history: Iterable[Mapping[str, Any]] = (),
+    method: str | None = None,
 ) -> Path:
     """Write the card of a trained model into its folder. Call it on the first process only.
 
@@ -98,6 +100,7 @@ def write_card(
         tags: added to those of the model.
         reports: dataset → `data.report.Report`.
         log_history: `trainer.state.log_history`; the last figure of each kind is shown.
+        method: how a model was trained that writes no answers. `None`: supervised fine-tuning.
 
     Returns: the file that was written.
     """
@@ -111,7 +114,8 @@ def write_card(
         tags=list(dict.fromkeys(["generated_from_trainer", *model_tags(model), *as_list(tags)])),
         is_adapter=hasattr(model, "peft_config"),
         is_chat=bool(getattr(tokenizer, "chat_template", None)),
-        reads_images=hasattr(getattr(model, "config", None), "vision_config"),
+        method=method or Card.method,
+        answers=method is None and not hasattr(getattr(model, "config", None), "vision_config"),
         rows=data_rows(reports or {}),
         options=shown_options(args, model),
         metrics=last_figures(log_history),
@@ -236,7 +240,7 @@ def model_card(card: Card) -> str:
         datasets=card.datasets or None,
         library_name="peft" if card.is_adapter else "transformers",
         model_name=card.name,
-        pipeline_tag=None if card.reads_images else "text-generation",
+        pipeline_tag="text-generation" if card.answers else None,
         tags=card.tags,
     )
     body = "\n".join(sections(card)).strip()
@@ -247,8 +251,8 @@ def sections(card: Card) -> Iterator[str]:
     """The card's parts, blank lines included."""
     yield f"# {card.name}\n"
     yield opening(card)
-    yield f"It was trained with SFT (supervised fine-tuning) by tunesmith {__version__}.\n"
-    if not card.reads_images:
+    yield f"It was trained with {card.method} by tunesmith {__version__}.\n"
+    if card.answers:
         yield f"## Quick start\n\n```python\n{quick_start(card)}\n```\n"
     if card.rows:
         yield "## Training data\n"

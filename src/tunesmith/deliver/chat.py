@@ -39,6 +39,7 @@ def chat(
     system: str | None = None,
     decoding: DecodingConfig | Mapping[str, Any] | None = None,
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     console: Console | None = None,
     read_line: Callable[[], str] | None = None,
 ) -> list[dict[str, str]]:
@@ -50,6 +51,7 @@ def chat(
         system: first message of every conversation.
         decoding: see `DecodingConfig`.
         chat_template: Jinja text used in place of the tokenizer's own.
+        chat_template_kwargs: variables of the template.
         console: where answers go. None: standard output.
         read_line: next line of the person, EOFError at the end. None: standard input, with a prompt on a terminal.
 
@@ -57,7 +59,7 @@ def chat(
     """
     console = console or Console()
     read_line = read_line or _reader(console)
-    talk = _Talk(model, tokenizer, decoding, chat_template)
+    talk = _Talk(model, tokenizer, decoding, chat_template, chat_template_kwargs)
     messages = _opening(system)
     if console.is_terminal:
         console.print(HELP, style="dim", highlight=False, markup=False)
@@ -127,14 +129,21 @@ class _Talk:
         tokenizer: "PreTrainedTokenizerBase",
         decoding: DecodingConfig | Mapping[str, Any] | None,
         chat_template: str | None,
+        chat_template_kwargs: Mapping[str, Any] | None,
     ) -> None:
         self.model, self.tokenizer, self.chat_template = model, tokenizer, chat_template
+        self.chat_template_kwargs = chat_template_kwargs
         stop_ids = stop_token_ids(model, tokenizer, chat_template)
         self.config = generation_config(decoding, stop_ids, padding_id(tokenizer, stop_ids))
 
     def answer(self, messages: list[dict[str, str]]) -> Iterator[str]:
         """Pieces of text as they come. Closing the iterator stops the model after the token it is at."""
-        prompt = encode_prompt(self.tokenizer, messages, chat_template=self.chat_template)
+        prompt = encode_prompt(
+            self.tokenizer,
+            messages,
+            chat_template=self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
         ids = torch.tensor([prompt.input_ids])  # (1, S)
         streamer = TextIteratorStreamer(
             self.tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False

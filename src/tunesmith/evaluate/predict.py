@@ -172,12 +172,13 @@ def comparisons(
     after: str | Path,
     *,
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     limit: int = 5,
 ) -> list[Comparison]:
     """The first `limit` examples beside their answers in two prediction files that `predict` wrote over them."""
     rows = []
     for index, (one, other) in enumerate(zip(read_predictions(before)[:limit], read_predictions(after))):
-        asked = ask(examples[index], tokenizer, chat_template, index).asked
+        asked = ask(examples[index], tokenizer, chat_template, index, chat_template_kwargs).asked
         rows.append(Comparison(asked, one["label"] or "", one["predict"], other["predict"]))
     return rows
 

@@ -23,6 +23,7 @@ from tunesmith.model.chain import (
     remembered,
     with_earlier,
 )
+from tunesmith.model.chat_format import embedding_rows, grow_embeddings
 from tunesmith.model.load import check_vocabulary, load_config, load_model, load_tokenizer
 from tunesmith.model.norms import hold_norms_in_float32
 from tunesmith.model.quantize import is_quantized, quantization_options
@@ -109,6 +110,9 @@ def open_for_training(
         say(f"adapter: {start.adapter} goes on training" + (f" (r {config.r})" if hasattr(config, "r") else ""))
     else:
         if tokenizer is not None:
+            if tokenizer.eos_token_id == embedding_rows(model):  # new: the tokenizer had no stop token at all
+                grow_embeddings(model, tokenizer, embedding_rows(model), None)
+                say(f"tokens: {tokenizer.eos_token} is new to the model and got a row of its own")
             check_vocabulary(model, tokenizer)
         model = adapt(model, options, tokenizer, say)
     if options.upcast_layernorm:

@@ -186,11 +186,17 @@ class SampleCallback(TrainerCallback):
         examples: held-out examples with messages or prompt and completion.
         tokenizer: read, not changed.
         decoding: how answers are generated.
+        ask_options: further arguments of `evaluate.questions.ask`.
     """
 
-    def __init__(self, run: Run, examples: Sequence[Mapping[str, Any]], tokenizer: Any, decoding: Any) -> None:
+    def __init__(
+        self, run: Run, examples: Sequence[Mapping[str, Any]], tokenizer: Any, decoding: Any, **ask_options: Any
+    ) -> None:
         self.run, self.tokenizer, self.decoding = run, tokenizer, decoding
-        self.questions = [ask(example, tokenizer, index=index) for index, example in enumerate(examples)]
+        questions = (ask(example, tokenizer, index=index, **ask_options) for index, example in enumerate(examples))
+        self.questions = list(questions)
+            ask(example, tokenizer, index=index, **ask_options) for index, example in enumerate(examples)
+        ]
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -198,7 +204,8 @@ class SampleCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         prompts = [question.prompt.input_ids for question in self.questions]
-        answers = dict(generate_texts(kwargs["model"], self.tokenizer, prompts, decoding=self.decoding))
+        how = {"decoding": self.decoding, "seed": args.seed}
+        answers = dict(generate_texts(kwargs["model"], self.tokenizer, prompts, **how))
         for index, question in enumerate(self.questions):
             row = {"step": state.global_step, "prompt": question.asked, "label": question.label}
             append_line(self.run.path / SAMPLES_FILE, {**row, "predict": answers[index]})

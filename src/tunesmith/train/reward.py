@@ -99,6 +99,8 @@ class RewardTrainer(EvaluatingTrainer):
     Raises: ConfigError, DataError, ModelError before anything is trained.
     """
 
+    method = "pairs of answers, as a reward model"
+
     def __init__(
         self,
         model: nn.Module | str,

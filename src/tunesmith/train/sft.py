@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from tunesmith import allocator
 from tunesmith.data import IGNORE_INDEX
 from tunesmith.data.report import Report
-from tunesmith.deliver.card import tag_model, write_card
+from tunesmith.deliver.card import tag_model
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model.adapt import check_trainable, count_parameters, upcast_trainable
 from tunesmith.model.attention import attention_configs
@@ -330,28 +330,6 @@ class SFTTrainer(GeneratingTrainer):
         is_table = isinstance(dataset, datasets.Dataset)  # `_read` has removed its columns
         given = self.data_collator
         return LocatedCollator(given if is_table else self._get_collator_with_removed_columns(given, description))
-
-    # ---- after ---------------------------------------------------------------------------------------------------
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """Write README.md into `output_dir`, on the first process only; one that a person wrote stays."""
-        if self.is_world_process_zero():
-            write_card(
-                self.args.output_dir,
-                model=self.accelerator.unwrap_model(self.model),
-                args=self.args,
-                tokenizer=self.tokenizer,
-                model_name=model_name,
-                dataset_name=dataset_name,
-                tags=tags,
-                reports=self.reports,
-                log_history=self.state.log_history,
-            )
 
 
 def say_of_rows(name: str, report: Report, how: Preparation) -> None:

@@ -13,6 +13,7 @@ from transformers import Seq2SeqTrainer
 from transformers.trainer_utils import TrainOutput
 
 from tunesmith.data import IGNORE_INDEX
+from tunesmith.deliver.card import write_card
 from tunesmith.errors import ConfigError
 from tunesmith.model.attention import documents_attend
 from tunesmith.model.capabilities import Support, output_head
@@ -35,9 +36,14 @@ class TokenTrainer(Seq2SeqTrainer):
     Attributes:
         support: how the model may be fed; whoever builds the trainer sets it.
         tokens_seen: real tokens this process has trained on in this session, no padding.
+        tokenizer, reports: what rows are read with, and what became of them, by name of the dataset.
+        method: how the model card calls the training of a model that writes no answers.
     """
 
     support: Support
+    tokenizer: Any = None
+    reports: Mapping[str, Any] = {}
+    method: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -254,6 +260,28 @@ class TokenTrainer(Seq2SeqTrainer):
         arguments = os.path.join(folder, "training_args.bin")
         if os.path.isfile(arguments):
             os.remove(arguments)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md into `output_dir`, on the first process only; one that a person wrote stays."""
+        model = self.accelerator.unwrap_model(self.model)
+        if self.is_world_process_zero():
+            write_card(
+                self.args.output_dir,
+                model=getattr(model, "base", model),  # a reward model's language model
+                args=self.args,
+                tokenizer=self.tokenizer,
+                model_name=model_name,
+                dataset_name=dataset_name,
+                tags=tags,
+                reports=self.reports,
+                log_history=self.state.log_history,
+                method=self.method,
+            )
 
 
 def stacked(values: Iterable[Any], like: Tensor) -> Tensor:
