@@ -195,8 +195,6 @@ class SampleCallback(TrainerCallback):
         self.run, self.tokenizer, self.decoding = run, tokenizer, decoding
         questions = (ask(example, tokenizer, index=index, **ask_options) for index, example in enumerate(examples))
         self.questions = list(questions)
-            ask(example, tokenizer, index=index, **ask_options) for index, example in enumerate(examples)
-        ]
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
