@@ -134,7 +134,7 @@ def test_every_layout_equals_a_plain_loop_over_the_pairs(tmp_path, layout, rewar
 # workflow: W6
 def test_the_loss_of_answers_of_one_length_is_the_eras(tmp_path):
     rows = pair_rows(((10, 10), (8, 8), (12, 12)))
-    trainer = make_reward_trainer(tmp_path, rows=rows, padding_free=False, eval_dataset=rows)
+    trainer = make_reward_trainer(tmp_path, rows=rows, padding_free=False, eval_dataset=rows, reward_loss="span")
     batch = trainer.data_collator(list(rows))
     rewards = trainer.model(**trainer._model_inputs(batch))
     losses = []  # pairs of rows i and i + 3, from the first token that differs to the end of the longer
@@ -169,14 +169,15 @@ def test_an_empty_batch_trains_nothing(tmp_path):
 
 # workflow: W6
 @pytest.mark.parametrize("options", [{"per_device_eval_batch_size": n} for n in (1, 3, 8)] + [{"padding_free": False}])
-def test_evaluation_is_the_same_for_every_batch_size_and_layout(tmp_path, options):
+@pytest.mark.parametrize("reward_loss", ["span", "last_token"])
+def test_evaluation_is_the_same_for_every_batch_size_and_layout(tmp_path, options, reward_loss):
     model = RewardModel(make_tiny_model(), seed=42)
     rows = pair_rows()
-    expected, _ = plain_gradients(model, rows)
+    expected, _ = plain_gradients(model, rows, reward_loss)
     scores = np.array(
         [[rewards_of(model, row[f"{side}_input_ids"])[-1].item() for side in ("chosen", "rejected")] for row in rows]
     )
-    found = make_reward_trainer(tmp_path, eval_dataset=rows, **options).evaluate()
+    found = make_reward_trainer(tmp_path, eval_dataset=rows, reward_loss=reward_loss, **options).evaluate()
     assert found["eval_loss"] == pytest.approx(expected, abs=1e-6)
     assert found["eval_accuracy"] == np.mean(scores[:, 0] > scores[:, 1])
     assert found["eval_margin"] == pytest.approx(np.mean(scores[:, 0] - scores[:, 1]), abs=1e-6)
@@ -369,7 +370,7 @@ def test_options_that_nothing_acts_on_are_refused(tmp_path, options):
 
 
 def test_an_unknown_loss_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="reward_loss: expected span or last_token, got 'mean'"):
+    with pytest.raises(ConfigError, match="reward_loss: expected last_token or span, got 'mean'"):
         RewardConfig(output_dir=str(tmp_path), reward_loss="mean")
 
 
@@ -410,7 +411,7 @@ def test_token_rows_that_the_model_cannot_read_are_refused(tmp_path, ids, messag
 def test_plain_arguments_are_taken_over(tmp_path):
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1, disable_tqdm=True)
     trainer = RewardTrainer(make_tiny_model(), args, train_dataset=POLITE, processing_class=make_byte_tokenizer())
-    assert trainer.args.reward_loss == "span"
+    assert trainer.args.reward_loss == "last_token"
     assert trainer.train().training_loss > 0
 
 

@@ -34,10 +34,10 @@ class PairCollator:
 
     Args:
         collate: makes a batch of documents, flat or padded on the right.
-        reward_loss: `span` or `last_token`.
+        reward_loss: `last_token` or `span`.
     """
 
-    def __init__(self, collate: FlatCollator | PaddedCollator, reward_loss: str = "span"):
+    def __init__(self, collate: FlatCollator | PaddedCollator, reward_loss: str = "last_token"):
         self.collate, self.reward_loss = collate, reward_loss
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

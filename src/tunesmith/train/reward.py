@@ -58,9 +58,9 @@ READ_DATASET_KWARGS = ("on_bad_row",)
 class RewardConfig(SFTConfig):
     """All options of `RewardTrainer`: those of `SFTConfig`, and which rewards the loss compares."""
 
-    reward_loss: Literal["span", "last_token"] = "span"
-    """Rewards that the loss of stage rm compares: `span` those of all positions from where two answers begin to
-    differ, `last_token` only those that become the scores."""
+    reward_loss: Literal["last_token", "span"] = "last_token"
+    """Rewards that the loss of stage rm compares: `last_token` those that become the scores; `span` those of all
+    positions from where two answers begin to differ, as LLaMA-Efficient-Tuning did."""
 
     def __post_init__(self):
         check_reward_loss(self.reward_loss)
@@ -69,8 +69,8 @@ class RewardConfig(SFTConfig):
 
 def check_reward_loss(name: str) -> str:
     """The name, if it is one; raises ConfigError."""
-    if name not in ("span", "last_token"):
-        raise ConfigError(f"RewardConfig: reward_loss: expected span or last_token, got {name!r}.")
+    if name not in ("last_token", "span"):
+        raise ConfigError(f"RewardConfig: reward_loss: expected last_token or span, got {name!r}.")
     return name
 
 
@@ -362,7 +362,7 @@ def as_reward_config(args: Any) -> RewardConfig:
     if strange := [name for name, is_given in refused.items() if is_given]:
         raise ConfigError(f"RewardTrainer: nothing acts on {', '.join(strange)} in stage rm. Remove it.")
     found = modernized(found)
-    found.reward_loss = check_reward_loss(getattr(found, "reward_loss", "span"))
+    found.reward_loss = check_reward_loss(getattr(found, "reward_loss", RewardConfig.reward_loss))
     found.token_metrics = False  # the figures of pairs are logged in their place
     return found
 
