@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -77,9 +78,15 @@ def turn_spans(
     chat: Chat, messages: list[dict], turns: dict[int, float], full: str, controls: tuple[str, ...]
 ) -> list[Span]:
     """Where the trained turns' answers stand in `full`; control tokens in it must all be the template's own."""
-    if GENERATION_TAG.search(chat.template):
+    if marks_answers(chat.template):
         return _generation_spans(chat, messages, turns, full, controls)
     return [_turn_span(chat, messages, i, full, turns[i], controls) for i in turns]
+
+
+@cache
+def marks_answers(template: str) -> bool:
+    """Whether the template has `{% generation %}`; templates are long, and asked about for each row."""
+    return GENERATION_TAG.search(template) is not None
 
 
 def prompt_text(chat: Chat, messages: list[dict]) -> str:

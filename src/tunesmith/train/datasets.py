@@ -11,9 +11,9 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from tunesmith.data.mix import check_stop, places, plan_mixture, shares_of
 from tunesmith.data.normalize import Example, fingerprint
-from tunesmith.data.pack import TOKEN_COLUMNS, pack
+from tunesmith.data.pack import TOKEN_COLUMNS, dataset_of, pack
 from tunesmith.data.parallel import encode_batches, num_workers
-from tunesmith.data.prepare import TOKEN_TYPES, as_dataset, batched, dataset_of, joined, note_duplicates
+from tunesmith.data.prepare import TOKEN_TYPES, as_dataset, batched, joined, note_duplicates
 from tunesmith.data.report import Report
 from tunesmith.errors import ConfigError
 from tunesmith.train.batching import shuffled
