@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 _HOME = {
     "SFTTrainer": "train.sft",
     "SFTConfig": "train.options",
+    "RewardTrainer": "train.reward",
+    "RewardConfig": "train.reward",
     "ModelConfig": "config",
     "DataConfig": "config",
     "DecodingConfig": "config",

@@ -362,6 +362,7 @@ def build_trainer(
         model, args, train_dataset=data.train, eval_dataset=data.evaluation_sets, processing_class=tokenizer
     )
     folder.save_json("training_args.json", args.to_dict())
+    add_notes(trainer, data, folder, said)
     tell([*said, *trainer.choices], folder, console)
     if args.predict_with_generate:
         trainer.decoding, trainer.text_metric = recipe.decoding, metric
@@ -372,6 +373,17 @@ def build_trainer(
         kwargs = recipe.training.get("chat_template_kwargs")
         trainer.add_callback(SampleCallback(folder, few, tokenizer, decoding(recipe), chat_template_kwargs=kwargs))
     return trainer
+
+
+def add_notes(trainer: Any, data: Prepared, folder: Run, said: list[str]) -> None:
+    """Take over what only the trainer found out about the rows, such as the tail that packing leaves out."""
+    found = trainer.reports.get("train_dataset")
+    if data.report is None or found is None or found is data.report or not hasattr(data.train, "select"):
+        return
+    for note in found.notes:
+        data.report.note(note)
+        said.append(f"data: {note}")
+    folder.save_json("data_report.json", report_json(data))
 
 
 def trainer_arguments(recipe: Recipe, folder: Run) -> SFTConfig:

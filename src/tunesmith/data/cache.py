@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import pyarrow as pa
 import xxhash
-from datasets.table import InMemoryTable
 from filelock import FileLock, Timeout
 
+from tunesmith.data.pack import dataset_of
 from tunesmith.data.report import Report
 
 if TYPE_CHECKING:
@@ -235,8 +235,8 @@ def _read(path: Path) -> tuple[datasets.Dataset, Report]:
         if _checksum(path / TOKENS) != entry["tokens"]:
             raise Damaged(f"{TOKENS} does not match its checksum")
         table = pa.ipc.open_stream(pa.memory_map(str(path / TOKENS))).read_all()
-        # a table "in memory", so that datasets writes no caches of its own beside it
-        return datasets.Dataset(InMemoryTable(table)), Report.of(entry["report"])
+        # to `datasets` a table in memory, so that it writes no caches of its own beside it
+        return dataset_of(table, fingerprint=path.name), Report.of(entry["report"])
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise Damaged(_why(error)) from error
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -30,6 +31,12 @@ def refusal(where: str, what: str, reason: str = "template") -> TemplateError:
     error = TemplateError(f"{where}{what}.")
     error.reason = reason
     return error
+
+
+@cache
+def marks_answers(template: str) -> bool:
+    """Whether the template has `{% generation %}`; templates are long, and asked about for each row."""
+    return GENERATION_TAG.search(template) is not None
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class Chat:
 
         `None` for a template without such blocks.
         """
-        if not GENERATION_TAG.search(self.template):
+        if not marks_answers(self.template):
             return self.text(messages), None
         from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from uuid import uuid4
 
 import numpy as np
 
@@ -192,7 +193,6 @@ def pack(
     [{'input_ids': [1, 2, 3, 4], 'seq_lengths': [3, 1]}, {'input_ids': [5, 6], 'seq_lengths': [2]}]
     """
     from datasets import Dataset
-    from datasets.table import InMemoryTable
 
     if isinstance(rows, list):
         return pack(Dataset.from_list(rows), max_length, strategy, report).to_list() if rows else []
@@ -213,7 +213,15 @@ def pack(
             sequences = _whole_rows(sequences, int(lengths.sum()), max_length, report)
     else:
         raise DataError(f"unknown packing strategy '{strategy}'. Known: {', '.join(get_args(PackingStrategy))}.")
-    return Dataset(InMemoryTable(_packed_table(table, lengths, sequences)))
+    return dataset_of(_packed_table(table, lengths, sequences))
+
+
+def dataset_of(table: "pa.Table", fingerprint: str | None = None) -> "Dataset":
+    """A table in memory as a dataset. Left to itself `datasets` would pickle and hash all of it for a fingerprint."""
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    return Dataset(InMemoryTable(table), fingerprint=fingerprint or uuid4().hex)
 
 
 class _Sequences(NamedTuple):

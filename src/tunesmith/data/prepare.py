@@ -6,19 +6,18 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import datasets
-from datasets.table import InMemoryTable
 
 from tunesmith.data.cache import Cache, key_of
 from tunesmith.data.detect import describe_format, detect_format
 from tunesmith.data.encode import Encoding
 from tunesmith.data.normalize import Example, count_duplicates, normalize
+from tunesmith.data.pack import dataset_of
 from tunesmith.data.parallel import encode_batches, num_workers
 from tunesmith.data.report import Report
 from tunesmith.data.rows import Row, RowError
 from tunesmith.data.tokenize import Tokens, token_table
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 1000
@@ -165,11 +164,6 @@ def batched(items: Iterable[Item], size: int | None) -> Iterator[list[Item]]:
 def as_dataset(tokens: Sequence[Tokens]) -> datasets.Dataset:
     """Token lists as a `datasets.Dataset`; `weights` only if some row has them."""
     return dataset_of(token_table(tokens))
-
-
-def dataset_of(table: "pa.Table") -> datasets.Dataset:
-    """A table in memory as a dataset."""
-    return datasets.Dataset(InMemoryTable(table))
 
 
 def joined(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:

@@ -18,6 +18,7 @@ from tunesmith.evaluate.generate import stop_token_ids
 from tunesmith.model.chain import ADAPTER_CONFIG, adapter_base, merge_folders, merged, put_on, with_earlier
 from tunesmith.model.load import load_model, options_with_positions
 from tunesmith.model.quantize import is_quantized
+from tunesmith.model.value_head import has_head, read_head, save_head
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs.",
@@ -78,6 +79,8 @@ def merge(
     staged = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.staged")
     try:
         _save(whole, tokenizer, staged, target, max_shard_size)
+        if has_head(folders[-1]):  # of a reward model
+            save_head(read_head(folders[-1]).state_dict(), staged)
         written = _read_back(staged, whole)
         del model, whole  # two copies in memory at most
         result = _compare(expected, _logits(written.float(), probes), target)

@@ -11,9 +11,9 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from tunesmith.data.mix import check_stop, places, plan_mixture, shares_of
 from tunesmith.data.normalize import Example, fingerprint
-from tunesmith.data.pack import TOKEN_COLUMNS, pack
+from tunesmith.data.pack import TOKEN_COLUMNS, dataset_of, pack
 from tunesmith.data.parallel import encode_batches, num_workers
-from tunesmith.data.prepare import TOKEN_TYPES, as_dataset, batched, dataset_of, joined, note_duplicates
+from tunesmith.data.prepare import TOKEN_TYPES, as_dataset, batched, joined, note_duplicates
 from tunesmith.data.report import Report
 from tunesmith.errors import ConfigError
 from tunesmith.train.batching import shuffled
@@ -52,7 +52,7 @@ def prepared(name: str, dataset: Any, how: Preparation, report: Report) -> Any:
     if yields_tokens(dataset):
         return dataset
     documents = _documents(name, dataset, how.only_tokens() if how.packing else how, report)
-    return packed(documents, how) if how.packing else _shuffled(documents, how)
+    return packed(documents, how, report) if how.packing else _shuffled(documents, how)
 
 
 def prepared_mixture(name: str, parts: Mapping[str, Any], how: Preparation, reports: dict[str, Report]) -> TokenRows:
@@ -76,16 +76,20 @@ def prepared_mixture(name: str, parts: Mapping[str, Any], how: Preparation, repo
         reports[label] = Report()
         found.append(_documents(label, part, how.only_tokens(), reports[label]))
     mixture = _mixed(name, found, shares, how)
-    return packed(mixture, how) if how.packing else _shuffled(mixture, how)
+    return packed(mixture, how, reports[f"{name}[{names[0]}]"]) if how.packing else _shuffled(mixture, how)
 
 
-def packed(documents: TokenRows, how: Preparation) -> TokenRows:
-    """Documents joined into rows of at most `how.max_length` tokens; rows that are packed already stay as they are."""
+def packed(documents: TokenRows, how: Preparation, report: Report) -> TokenRows:
+    """Documents joined into rows of at most `how.max_length` tokens; rows that are packed already stay as they are.
+
+    Args:
+        report: gets a note on what packing leaves out.
+    """
     if isinstance(documents, Stream):
         return PackedStream(documents, how)
     if "seq_lengths" in columns_of(documents):
         return _shuffled(documents, how)
-    return pack(_shuffled(documents, how), how.max_length, how.packing_strategy)
+    return pack(_shuffled(documents, how), how.max_length, how.packing_strategy, report)
 
 
 def yields_tokens(dataset: Any) -> bool:

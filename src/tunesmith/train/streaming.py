@@ -279,8 +279,12 @@ class PackedStream(Stream):
             yield from self._drawn(self._packed(held, is_last=True)[0], epoch, number)
 
     def _packed(self, documents: list[Tokens], is_last: bool) -> tuple[list[dict[str, Any]], list[Tokens]]:
-        """Packed rows, and the documents that wait for the next buffer."""
-        rows = list(pack(as_dataset(documents), self.how.max_length, self.how.packing_strategy))
+        """Packed rows, and the documents that wait for the next buffer; of exact blocks only the stream has a tail."""
+        exact = self.how.packing_strategy == "blocks"
+        strategy = "wrapped" if exact else self.how.packing_strategy
+        rows = list(pack(as_dataset(documents), self.how.max_length, strategy))
+        if exact and is_last:
+            return [row for row in rows if len(row["input_ids"]) == self.how.max_length], []
         emptiest = min(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
         if is_last or len(rows) == 1 or len(rows[emptiest]["input_ids"]) == self.how.max_length:
             return rows, []
