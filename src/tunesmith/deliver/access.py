@@ -171,7 +171,7 @@ class Guard:
         if not (kind.lower() == "bearer" and self._has(value.strip())) and not (cookie and self._has(cookie.value)):
             raise Refused(
                 401,
-                "The token is missing or wrong: open the address that was printed, or send 'Authorization: Bearer TOKEN'.",
+                "The token is missing or wrong. Open the printed address, or send 'Authorization: Bearer TOKEN'.",
                 code="invalid_api_key",
             )
 

@@ -92,6 +92,7 @@ async function ask(text) {
   answer.turn.classList.add("writing");
   const controller = new AbortController();
   setRunning(controller);
+  $("speed").textContent = "";
   let said = "", trouble = null;
   const began = performance.now();
   try {
