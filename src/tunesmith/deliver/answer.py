@@ -141,6 +141,8 @@ class _Pen(BaseStreamer):
         if not self.prompt_is_past:
             self.prompt_is_past = True
             return
+        if self.is_done:  # the generation loop may be a token ahead
+            return
         token = int(value)
         self.num_tokens += 1
         if token in self.writer.stop_ids:

@@ -104,7 +104,7 @@ class Api:
             ids = self.writer.encode_text(question.prompt)
         else:
             messages = question.messages
-            if self.system and messages[0]["role"] != "system":
+            if self.system and messages[0]["role"] not in ("system", "developer"):
                 messages = [{"role": "system", "content": self.system}, *messages]
             ids = self.writer.encode(messages, question.tools, question.template_kwargs)
         if not ids:

@@ -72,13 +72,18 @@ def summary(run_id: str, path: Path) -> dict[str, Any]:
     """Where a run stands, in a line of the list."""
     status, start = read_status(path) or {}, read_start(path)
     state, reason = status.get("state") or "unknown", status.get("reason")
-    if start and start.is_newer_than(status.get("started")):  # the process has not come to its run directory
-        state = "starting" if start.is_alive() else "failed"
-        reason = None if start.is_alive() else "it ended before the run began; the output says why"
+    is_early = bool(start) and start.is_newer_than(status.get("started"))  # it has not come to its run directory
+    is_alive = is_early and start.is_alive()
+    if is_alive:
+        state, reason = "starting", None
+    elif is_early and not status:
+        state = "failed"
     figures = {key: _number_or_text(status.get(key)) for key in FIGURES if status.get(key) is not None}
     if not status:
         figures |= _last_figures(path)
-    return {"id": run_id, "state": state, "is_going": state in GOING, "reason": _text(reason), **figures}
+    start_failed = is_early and not is_alive
+    known = {"id": run_id, "state": state, "is_going": state in GOING, "reason": _text(reason)}
+    return known | {"start_failed": start_failed} | figures
 
 
 def _last_figures(path: Path) -> dict[str, Any]:

@@ -56,7 +56,7 @@ function clock(seconds) {
   return hours ? `${hours}:${two(minutes % 60)}:${two(s % 60)}` : `${minutes}:${two(s % 60)}`;
 }
 
-const moment = (value) => (value ? new Date(value).toLocaleString() : "–");
+const moment = (value) => (value ? new Date(value).toLocaleString(undefined, { dateStyle: "short", timeStyle: "short" }) : "–");
 const state = (run) => make("span", { class: `state ${run.state}`, text: run.state, title: run.reason || null });
 
 function progress(run) {
@@ -123,6 +123,7 @@ function overview(run) {
     run.is_going ? stop : null);
   return make("section", { class: "card" }, head,
     run.reason ? make("p", { class: run.state === "failed" ? "bad text" : "text", text: run.reason }) : null,
+    run.start_failed ? make("p", { class: "bad", text: "The last start from this page ended before the run began; the output below says why." }) : null,
     make("p", { class: "small quiet mono", text: run.folder }), make("div", { class: "figures" }, ...figures));
 }
 
@@ -198,7 +199,7 @@ function textCards(run) {
   for (const [title, value] of [["Recipe", run.recipe], ["Model card", run.card], ["Output of the process", run.output]]) {
     if (!value) continue;
     const box = folded(title, title, make("pre", { dir: "auto", text: value }));
-    if (title.startsWith("Output") && (run.state === "failed" || run.state === "starting")) box.open = true;
+    if (title.startsWith("Output") && (run.start_failed || run.state === "starting")) box.open = true;
     cards.push(box);
   }
   return cards;
@@ -266,7 +267,7 @@ function drawCurve(training, calm, heldOut, all, readout) {
   for (const value of ticks(0, last, narrow ? 4 : 9, true))
     svg.append(make("svg:text", { x: x(value), y: height - box.bottom + 18, "text-anchor": "middle", text: number(value) }));
   svg.append(make("svg:text", { x: (box.left + width - box.right) / 2, y: height - 6, "text-anchor": "middle", text: "optimizer step" }),
-    make("svg:text", { transform: `translate(13 ${(height - box.bottom + box.top) / 2}) rotate(-90)`, "text-anchor": "middle", text: "loss per trained token" }));
+    make("svg:text", { transform: `translate(13 ${(height - box.bottom + box.top) / 2}) rotate(-90)`, "text-anchor": "middle", text: "loss" }));
   const line = (points, kind) => make("svg:polyline", { class: kind, points: points.map(([step, loss]) => `${x(step).toFixed(1)},${y(loss).toFixed(1)}`).join(" ") });
   if (training.length) svg.append(line(training, calm.length ? "pale" : "strong"));
   if (calm.length) svg.append(line(calm, "strong"));
@@ -369,10 +370,11 @@ async function refresh() {
   timer = setTimeout(refresh, wait);
 }
 
-// New content in place of the old; what was unfolded and scrolled stays so, and text under selection is left alone.
+// New content in place of the old; what was unfolded and scrolled stays so. What somebody selects or points at waits.
 function put(nodes) {
   const main = $("main");
   if (main.childElementCount && String(getSelection()) && main.contains(getSelection().anchorNode)) return;
+  if (matchMedia("(hover: hover)").matches && main.querySelector("svg.curve:hover")) return;
   const open = new Map([...main.querySelectorAll("details")].map((box) => [box.dataset.key, box.open]));
   const scrolled = [...main.querySelectorAll(".scroll, td .text")].map((box) => [box.scrollLeft, box.scrollTop]);
   main.replaceChildren(...nodes);
