@@ -1,6 +1,7 @@
-"""The studio over hand-made run directories: what it shows, what it never serves, and training that needs no server."""
+"""The studio over hand-made run directories: what it shows, what it never serves, training that needs no server."""
 
 import io
+import itertools
 import json
 import os
 import signal
@@ -146,7 +147,7 @@ def test_a_long_curve_keeps_its_shape_and_its_last_point():
     few = run_folder.thinned(points)
     assert 1000 < len(few) <= run_folder.MAX_POINTS
     assert few[-1] == points[-1]
-    assert all(one[0] < other[0] for one, other in zip(few, few[1:]))
+    assert all(one[0] < other[0] for one, other in itertools.pairwise(few))
     assert run_folder.thinned(points[:7]) == points[:7]
 
 
@@ -189,12 +190,11 @@ def test_the_access_rules_are_the_servers(folder, monkeypatch):
 @pytest.mark.parametrize("path", ["/api/runs", "/api/check", "/api/runs/mine/stop"])
 def test_a_foreign_page_starts_and_stops_nothing(client, folder, monkeypatch, path):
     monkeypatch.setattr(launch, "start_training", lambda *args: pytest.fail("started"))
-    monkeypatch.setattr(os, "kill", lambda *args: pytest.fail("stopped"))
+    monkeypatch.setattr(launch, "stop_training", lambda *args: pytest.fail("stopped"))
     make_run(folder / "mine", state="running")
     assert client.post(path, json={"recipe": RECIPE}, headers={"origin": "http://evil.example"}).status_code == 403
     assert client.post(path, json={"recipe": RECIPE}, headers={"host": "evil.example"}).status_code == 403
     assert client.post(path, data={"recipe": RECIPE}).status_code == 415  # what a form can send
-    assert client.get(path + "/").status_code in (404, 307)
 
 
 # ---------------------------------------------------------------------------------------------------- to start one
@@ -226,7 +226,7 @@ def test_a_recipe_is_checked_with_all_its_problems_in_one_report(client):
         ({"recipe": RECIPE + "format: os.path:join\n"}, "'os.path:join' names code"),
         (
             {"recipe": RECIPE.replace("runs/mine", "/tmp/mine")},
-            "output_dir is /tmp/mine. Name a folder that this page",
+            "output_dir is /tmp/mine. Name a folder that",
         ),
         ({"recipe": RECIPE.replace("runs/mine", "runs/../mine")}, "output_dir is runs/../mine"),
         ({"recipe": RECIPE.replace("runs/mine", "runs")}, "output_dir is runs."),
@@ -272,11 +272,13 @@ def stub(folder, monkeypatch):
     (folder.parent / "tunesmith" / "__main__.py").write_text(STUB)
     monkeypatch.setenv("PYTHONPATH", str(folder.parent.resolve()))
     monkeypatch.setenv(access.TOKEN_VARIABLE, "a-token")
-    started = []
-    popen = subprocess.Popen
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda *args, **kwargs: started.append(popen(*args, **kwargs)) or started[-1]
-    )
+    started, popen = [], subprocess.Popen
+
+    def start(*args, **kwargs):
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
     yield started
     for process in started:
         if process.poll() is None:
