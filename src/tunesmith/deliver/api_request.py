@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from tunesmith.data.formats import kind_of
-from tunesmith.data.normalize import ROLES
+from tunesmith.data.normalize import OWN_ARGUMENTS, ROLES
 from tunesmith.data.report import visible
 from tunesmith.deliver.access import Refused
 from tunesmith.lookup import did_you_mean
@@ -12,6 +12,7 @@ from tunesmith.lookup import did_you_mean
 CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE_KEYS = ("content", "tool_calls", "tool_call_id", "name", "reasoning_content")
 MAX_STOPS = 16
+LEAST_TEMPERATURE = 0.01  # below it the likeliest token has all the probability, and logits overflow
 
 READ = (
     "model", "messages", "prompt", "stream", "stream_options", "temperature", "top_p", "top_k", "repetition_penalty",
@@ -70,14 +71,11 @@ def read_question(body: Mapping[str, Any], name: str, *, is_chat: bool) -> Quest
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise _wrong("stream_options", options, "an object")
-    kwargs = body.get("chat_template_kwargs")
-    if kwargs is not None and not isinstance(kwargs, dict):
-        raise _wrong("chat_template_kwargs", kwargs, "an object")
     return Question(
         messages=read_messages(body.get("messages")) if is_chat else [],
         prompt=None if is_chat else read_prompt(body.get("prompt")),
         tools=read_tools(body) if is_chat else None,
-        template_kwargs=kwargs,
+        template_kwargs=read_template_kwargs(body.get("chat_template_kwargs")),
         decoding=read_decoding(body),
         stop=read_stop(body.get("stop")),
         seed=_number(body, "seed", int, -(2**63), 2**63 - 1),
@@ -154,8 +152,18 @@ def read_tools(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return tools if tools and choice != "none" else None
 
 
+def read_template_kwargs(kwargs: Any) -> dict[str, Any] | None:
+    """Variables of the template; not what the renderer sets itself."""
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise _wrong("chat_template_kwargs", kwargs, "an object")
+    for name in kwargs or {}:
+        if name in OWN_ARGUMENTS:
+            raise Refused(400, f"chat_template_kwargs: '{name}' is set by the server.", param="chat_template_kwargs")
+    return kwargs
+
+
 def read_decoding(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Decoding options that the request sets. Temperature 0 is greedy; a higher one samples, and so does `top_p`."""
+    """Decoding options that the request sets. A temperature of 0 is greedy; a higher one samples, so does `top_p`."""
     temperature = _number(body, "temperature", float, 0, 2)
     found = {
         "max_new_tokens": _number(body, "max_completion_tokens", int, 1) or _number(body, "max_tokens", int, 1),
@@ -165,7 +173,7 @@ def read_decoding(body: Mapping[str, Any]) -> dict[str, Any]:
     }
     if found["top_p"] == 0:
         raise _wrong("top_p", 0, "a number above 0, up to 1")
-    if temperature == 0:
+    if temperature is not None and temperature < LEAST_TEMPERATURE:
         found |= {"do_sample": False}
     elif temperature is not None or (found["top_p"] or 1) < 1:
         found |= {"do_sample": True, "temperature": temperature}

@@ -5,6 +5,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -32,6 +33,7 @@ class Board:
 
     def __init__(self, folder: Path, load: Callable[[Path], Any]) -> None:
         self.folder, self.load = folder, load
+        self.starting = Lock()  # of two clicks at once the second must see the first run
 
     def routes(self) -> list[Route]:
         """Every address there is; runs are named by ids that `find_runs` gave."""
@@ -92,7 +94,8 @@ class Board:
         def work() -> launch.Start:
             output_dir, recipe = self._checked(body)
             recipe = recipe or launch.save_recipe(body["recipe"], output_dir)
-            return launch.start_training(recipe, output_dir)
+            with self.starting:
+                return launch.start_training(recipe, output_dir)
 
         start = await run_in_threadpool(work)
         run_id = start.output_dir.resolve().relative_to(self.folder.resolve()).as_posix().replace("/", "~")

@@ -71,6 +71,7 @@ async def json_body(request: Request) -> dict[str, Any]:
         parts.append(part)
     try:
         value = json.loads(b"".join(parts))
+        json.dumps(value, ensure_ascii=False).encode()  # halves of characters, which no tokenizer takes
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"The body is not valid JSON: {visible(str(error), 120)}.") from None
     if not isinstance(value, dict):
