@@ -304,6 +304,7 @@ def test_a_pasted_recipe_is_trained_by_a_process_that_the_page_can_stop(client, 
     assert read_status(folder / "mine")["has_token"] is False
     again = client.post("/api/runs", json={"recipe": RECIPE})
     assert (again.status_code, "still going" in again.json()["error"]["message"]) == (400, True)
+    assert os.getpgid(stub[0].pid) != os.getpgid(0)  # Ctrl-C in the server's terminal does not reach it
     assert client.post("/api/runs/mine/stop", json={}).json() == {"pid": stub[0].pid}
     wait_for(lambda: listed(client)["mine"]["state"] == "interrupted")
     assert stub[0].wait() == 130

@@ -358,9 +358,8 @@ async function refresh() {
   try {
     const shown = kind === "run" && id ? await showRun(decodeURIComponent(id)) : kind === "new" ? showNew() : await showList();
     if (mine !== page) return;
-    put(shown.nodes);
     document.title = shown.title;
-    $("connection").textContent = "";
+    $("connection").textContent = put(shown.nodes) ? "" : "Not refreshed while text is selected.";
     if (shown.isGoing === null) return;
     wait = shown.isGoing ? GOING_MS : QUIET_MS;
   } catch (error) {
@@ -370,18 +369,20 @@ async function refresh() {
   timer = setTimeout(refresh, wait);
 }
 
-// New content in place of the old; what was unfolded and scrolled stays so. What somebody selects or points at waits.
+// New content in place of the old, unless text of the old is selected. What was unfolded and scrolled stays so, and a
+// curve under the pointer keeps its figures.
 function put(nodes) {
   const main = $("main");
-  if (main.childElementCount && String(getSelection()) && main.contains(getSelection().anchorNode)) return;
-  if (matchMedia("(hover: hover)").matches && main.querySelector("svg.curve:hover")) return;
+  if (main.childElementCount && String(getSelection()) && main.contains(getSelection().anchorNode)) return false;
+  const pointedAt = matchMedia("(hover: hover)").matches && main.querySelector("svg.curve:hover")?.closest("section");
   const open = new Map([...main.querySelectorAll("details")].map((box) => [box.dataset.key, box.open]));
   const scrolled = [...main.querySelectorAll(".scroll, td .text")].map((box) => [box.scrollLeft, box.scrollTop]);
-  main.replaceChildren(...nodes);
+  main.replaceChildren(...nodes.map((node) => (pointedAt && node.querySelector("svg.curve") ? pointedAt : node)));
   for (const box of main.querySelectorAll("details")) if (open.has(box.dataset.key)) box.open = open.get(box.dataset.key);
   [...main.querySelectorAll(".scroll, td .text")].forEach((box, place) => {
     if (scrolled[place]) [box.scrollLeft, box.scrollTop] = scrolled[place];
   });
+  return true;
 }
 
 addEventListener("hashchange", () => {
