@@ -128,7 +128,7 @@ function overview(run) {
 }
 
 async function stopRun(id) {
-  if (!confirm("Stop this run? It ends as Ctrl-C would end it, and can be resumed from its last checkpoint.")) return;
+  if (!confirm("Stop this run? It ends as Ctrl-C would end it, and can go on from its last checkpoint, if it saved one.")) return;
   try {
     await ask(`/api/runs/${encodeURIComponent(id)}/stop`, {});
     await refresh();
