@@ -145,13 +145,14 @@ def test_eval_without_examples_says_what_to_add(calls):
 
 
 def test_merge_passes_its_folders(calls):
-    assert invoke("merge", "runs/a", "merged", "--overwrite").exit_code == 0
-    assert calls.list == [("merge", (Path("runs/a"), Path("merged")), {"base": None, "overwrite": True})]
+    assert invoke("merge", "runs/a, runs/b", "merged", "--overwrite", "--max_shard_size", "1GB").exit_code == 0
+    how = {"base": None, "max_shard_size": "1GB", "overwrite": True}
+    assert calls.list == [("merge", (["runs/a", "runs/b"], Path("merged")), how)]
 
 
 def test_merge_takes_the_base_model_that_its_messages_ask_for(calls):
     assert invoke("merge", "runs/a", "merged", "--base", "org/base").exit_code == 0
-    assert calls.list[0][2] == {"base": "org/base", "overwrite": False}
+    assert calls.list[0][2] == {"base": "org/base", "max_shard_size": "10GB", "overwrite": False}
 
 
 def test_env_prints_a_table(calls):

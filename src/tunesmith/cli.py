@@ -38,6 +38,12 @@ Recipe = Annotated[str | None, typer.Argument(metavar="RECIPE", help="recipe.yam
 RunOrModel = Annotated[
     str, typer.Argument(metavar="RUN_OR_MODEL", help="Run directory, model folder, Hub id or recipe")
 ]
+Host = Annotated[
+    str,
+    typer.Option(
+        help="127.0.0.1: this machine only. 0.0.0.0 lets others in, with a token that is printed, or TUNESMITH_TOKEN's"
+    ),
+]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose")]
 
 
@@ -244,13 +250,56 @@ def chat(
         workflow.chat(loaded, system=system)
 
 
+@app.command(cls=ChatCommand, context_settings=ANY_OPTION)
+def serve(
+    ctx: typer.Context,
+    model: RunOrModel,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; its folder's name otherwise")] = None,
+    system: Annotated[str | None, typer.Option(help="System message of conversations that bring none")] = None,
+    show_traceback: Traceback = False,
+) -> None:
+    """Answer over HTTP as OpenAI's API does, with a chat page: tunesmith serve runs/mine."""
+    with errors_reported(show_traceback):
+        from tunesmith.deliver.access import require_server
+        from tunesmith.recipe import load_for_model
+
+        require_server("serve")  # before a model is loaded for nothing
+        loaded = load_for_model(model, flags=ctx.args, task="chat")
+        workflow = quiet_workflow()
+        workflow.serve(loaded, name=name or Path(model).name or model, host=host, port=port, system=system)
+
+
+@app.command()
+def studio(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with run directories")] = Path("runs"),
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one")] = 7860,
+    show_traceback: Traceback = False,
+) -> None:
+    """Watch, start and stop runs on a web page: tunesmith studio runs."""
+    with errors_reported(show_traceback):
+        from functools import partial
+
+        from tunesmith.deliver.studio import studio as open_studio
+        from tunesmith.recipe import load_recipe
+
+        open_studio(folder, load=partial(load_recipe, task="train"), host=host, port=port)
+
+
 @app.command("merge")
 def merge_adapter(
-    adapter: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run directory or adapter folder")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run directory or adapter folder; several comma-separated")
+    ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for the merged model")],
     base: Annotated[
         str | None, typer.Option(help="Base model, where it is not where the adapter's config says")
     ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option("--max_shard_size", "--max-shard-size", help="Largest file of weights")
+    ] = "10GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT holds")] = False,
     show_traceback: Traceback = False,
 ) -> None:
@@ -259,7 +308,8 @@ def merge_adapter(
         quiet_libraries()
         from tunesmith.deliver.merge import merge
 
-        merge(adapter, output, base=base, overwrite=overwrite)
+        folders = [part.strip() for part in adapter.split(",") if part.strip()]
+        merge(folders, output, base=base, max_shard_size=max_shard_size, overwrite=overwrite)
 
 
 @app.command()

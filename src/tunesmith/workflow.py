@@ -29,6 +29,7 @@ from tunesmith.data.stream import FINISHED, stream
 from tunesmith.data.templates import use_template
 from tunesmith.deliver.chat import chat as talk
 from tunesmith.deliver.merge import merge
+from tunesmith.deliver.serve import serve as serve_model
 from tunesmith.deliver.summary import show_answers, show_reports, show_results
 from tunesmith.errors import ConfigError
 from tunesmith.evaluate.generate import answer_decoding
@@ -539,6 +540,22 @@ def chat(recipe: Recipe, system: str | None = None) -> None:
         system=system or system_prompt(recipe),
         decoding=recipe.decoding,
         chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
+        console=console,
+    )
+
+
+def serve(recipe: Recipe, *, name: str, host: str = "127.0.0.1", port: int = 8000, system: str | None = None) -> None:
+    """Answer over HTTP until Ctrl-C: OpenAI-style endpoints and a chat page."""
+    console = Console()
+    tokenizer = tokenizer_of(recipe)
+    serve_model(
+        usable_model(recipe, tokenizer, lambda line: tell([line], None, console)),
+        tokenizer,
+        name=name,
+        host=host,
+        port=port,
+        decoding=recipe.decoding,
+        system=system or system_prompt(recipe),
         console=console,
     )
 
