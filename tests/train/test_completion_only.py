@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from tests import tiny
-from tunesmith.data.tokenize import _encoder
+from tunesmith.data.render import Rendered
+from tunesmith.data.tokenize import encoder_of
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.train import token_text
 from tunesmith.train.completion_only import CompletionLabels, TemplateNotFound
@@ -399,7 +400,7 @@ def test_training_begins_at_the_right_character(name, is_by_bytes, before, templ
     find_labels = CompletionLabels(TOKENIZERS[name], template)
     if not is_by_bytes:
         find_labels.reader.ways = []
-    [encoded] = _encoder(TOKENIZERS[name]).encode_texts([text])  # knows the offsets, from the text
+    encoded, _ = encoder_of(TOKENIZERS[name]).encode(Rendered(text, []))  # knows the offsets, from the text
     end = text.rindex(template) + len(template)
     first = bisect_left(encoded.starts, end)
     assert find_labels(encoded.ids) == [-100] * first + encoded.ids[first:]
@@ -415,7 +416,7 @@ def test_training_ends_at_the_right_character(name, is_by_bytes, answer, questio
     find_labels = CompletionLabels(TOKENIZERS[name], "#A:", "漢#Q:")
     if not is_by_bytes:
         find_labels.reader.ways = []
-    [encoded] = _encoder(TOKENIZERS[name]).encode_texts([text])
+    encoded, _ = encoder_of(TOKENIZERS[name]).encode(Rendered(text, []))
     start, end = text.rindex("#A:", 0, len(text) - len(question)) + 3, len(text) - len(question) - 4
     assume(start == 7)  # no answer inside the answer
     assume("#A:" not in question)
@@ -431,7 +432,7 @@ def test_training_ends_at_the_right_character(name, is_by_bytes, answer, questio
 @given(answer=words, cut=st.integers(0, 60))
 def test_cutting_a_row_cuts_its_labels(name, answer, cut):
     find_labels = CompletionLabels(TOKENIZERS[name], "#A:")
-    [encoded] = _encoder(TOKENIZERS[name]).encode_texts([f"é漢😀#A:{answer}"])
+    encoded, _ = encoder_of(TOKENIZERS[name]).encode(Rendered(f"é漢😀#A:{answer}", []))
     whole = find_labels(encoded.ids)
     cut = max(cut, whole.count(-100))
     assert find_labels(encoded.ids[:cut]) == whole[:cut]
