@@ -1,11 +1,11 @@
 """From examples to rows: the same however the work is divided, and as a LLaMA-like tokenizer's user expects."""
 
 import random
-from pathlib import Path
 
 import pytest
 
 from tests import tiny
+from tests.real import shared_data
 from tunesmith.data import IGNORE_INDEX, parallel
 from tunesmith.data.encode import Encoding, encode_batch
 from tunesmith.data.load import load_rows
@@ -14,7 +14,6 @@ from tunesmith.data.prepare import as_dataset, encode_examples, read_examples
 from tunesmith.data.report import Report
 from tunesmith.errors import DataError, TemplateError
 
-REAL = Path(__file__).parents[3] / "shared" / "data"
 SKIP = {"max_length": 60, "on_bad_row": "skip"}
 
 
@@ -76,9 +75,8 @@ def test_workers_start_only_where_rows_and_cores_pay_for_them(monkeypatch, byte_
 
 # workflow: P8
 def test_the_first_chinese_row_ends_with_a_trained_stop_token_and_its_prompt_is_masked():
-    if not (REAL / "alpaca_zh_demo.json").is_file():
-        pytest.skip("alpaca_zh_demo.json is not in ../shared/data")
-    check_llama_like(read_examples(load_rows(REAL / "alpaca_zh_demo.json", report=Report()), Report())[:1])
+    rows = load_rows(shared_data("alpaca_zh_demo.json"), report=Report())
+    check_llama_like(read_examples(rows, Report())[:1])
 
 
 # workflow: P8

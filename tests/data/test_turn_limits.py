@@ -15,6 +15,9 @@ from tunesmith.data.report import Report
 from tunesmith.data.tokenize import tokenize
 from tunesmith.data.turn_limits import cut_prompt, header_length
 from tunesmith.errors import DataError
+from tunesmith.train.datasets import prepared
+from tunesmith.train.options import SFTConfig
+from tunesmith.train.reading import preparation_of
 
 CHAT = [
     {"role": "user", "content": "abcdefghij"},
@@ -159,3 +162,12 @@ def test_weights_are_cut_along(byte_tokenizer):
     messages = [CHAT[0], {**CHAT[1], "weight": 0.5}]
     tokens, _ = encoded(messages, byte_tokenizer, max_source_length=22, max_target_length=4)
     assert tokens["weights"] == [1.0] * 22 + [0.5] * 4
+
+
+# workflow: P4
+def test_the_trainers_options_reach_every_row(byte_tokenizer, tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), max_source_length=23, max_target_length=4, max_length=64)
+    how, report = preparation_of(args, byte_tokenizer, 64), Report()
+    (row,) = prepared("train_dataset", [{"messages": CHAT[:2]}], how, report)
+    assert byte_tokenizer.decode(row["input_ids"]) == f"<|im_start|>user\nabcd{HEADER}0123"
+    assert [problem.reason for problem in report.changes] == ["source-cut", "target-cut"]
