@@ -13,17 +13,19 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "lookup": {"errors"},
     "allocator": set(),
+    "ranks": {"errors"},
     "config": {"errors", "lookup"},
     "data": FLOOR,
     "model": FLOOR,
     "recipe": FLOOR,
     "runs": FLOOR,
     "resume": FLOOR | {"runs"},
-    "evaluate": FLOOR | {"data", "model", "runs"},
+    "evaluate": FLOOR | {"data", "model", "runs", "ranks"},
     "deliver": FLOOR | {"data", "model", "recipe", "runs", "evaluate"},
-    "train": FLOOR | {"allocator", "data", "model", "runs", "evaluate", "deliver"},
-    "workflow": FLOOR | {"data", "model", "recipe", "runs", "resume", "evaluate", "train", "deliver", "allocator"},
-    "cli": {"errors", "config", "recipe", "allocator", "workflow", "deliver"},
+    "train": FLOOR | {"allocator", "data", "model", "runs", "ranks", "evaluate", "deliver"},
+    "workflow": FLOOR
+    | {"data", "model", "recipe", "runs", "resume", "ranks", "evaluate", "train", "deliver", "allocator"},
+    "cli": {"errors", "config", "recipe", "allocator", "ranks", "workflow", "deliver"},
     "__main__": {"cli"},
     "__init__": set(),
     "trainer": set(),
@@ -78,7 +80,8 @@ def test_imports_point_one_way(path):
 
 
 @pytest.mark.parametrize(
-    "part", ["errors", "lookup", "config", "recipe", "cli", "data", "runs", "__init__", "allocator", "trainer"]
+    "part",
+    ["errors", "lookup", "config", "recipe", "cli", "data", "runs", "ranks", "__init__", "allocator", "trainer"],
 )
 def test_light_parts_import_no_heavy_library(part):
     for path in FILES:

@@ -43,6 +43,7 @@ from tunesmith.model.load import check_vocabulary
 from tunesmith.model.open import longest_text, open_for_answers, open_for_training, open_tokenizer
 from tunesmith.model.saved import save_arguments
 from tunesmith.model.value_head import RewardModel, has_head, read_head
+from tunesmith.ranks import first_decides, is_first_process
 from tunesmith.recipe import Recipe, load_recipe, phases, resolved
 from tunesmith.resume import begin
 from tunesmith.runs import Run
@@ -50,7 +51,6 @@ from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, SampleCa
 from tunesmith.train.curves import PER_TOKEN, plot_curves
 from tunesmith.train.options import SFTConfig
 from tunesmith.train.processing import changed
-from tunesmith.train.ranks import first_decides, is_first_process
 from tunesmith.train.reward import RewardConfig, RewardTrainer
 from tunesmith.train.sft import SFTTrainer
 
