@@ -216,7 +216,7 @@ def compare(
 
 def finish(recipe: Recipe, data: Prepared, folder: Run, console: Console) -> dict[str, float]:
     """Merge where that is asked for, say what came out, and return the figures."""
-    todo, figures = phases(recipe), folder.results()
+    todo, figures = phases(recipe), first_decides(folder.results)  # the others may find the file not yet written
     if recipe.run.do_merge and todo.train and is_first_process():
         merge(folder.path, folder.path / "merged")
     kind = "adapter" if recipe.model.adapter == "lora" else "model"
