@@ -1,100 +1,41 @@
 """One run, top to bottom: recipe → data → model → train → evaluate → predict → plot; a function for each command."""
 
 import contextlib
-import dataclasses
 import os
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
-from torch import nn
 
 from tunesmith import __version__
 from tunesmith.config import TrainingFields
-from tunesmith.data.cache import cache_of
-from tunesmith.data.collect import collect
-from tunesmith.data.normalize import Example
-from tunesmith.data.pack import length_before_packing
-from tunesmith.data.pairs import encode_pairs
-from tunesmith.data.prepare import encode_examples
-from tunesmith.data.report import Report, first_row_lines, preview
-from tunesmith.data.stream import FINISHED, stream
-from tunesmith.data.templates import use_template
 from tunesmith.deliver.chat import chat as talk
 from tunesmith.deliver.merge import merge
 from tunesmith.deliver.serve import serve as serve_model
 from tunesmith.deliver.summary import show_answers, show_reports, show_results
-from tunesmith.errors import ConfigError
-from tunesmith.evaluate.generate import answer_decoding
-from tunesmith.evaluate.metrics import metrics_for
 from tunesmith.evaluate.predict import PREDICTIONS_FILE, comparisons, prefixed
-from tunesmith.evaluate.predict import predict as answer
-from tunesmith.evaluate.questions import expected_texts
 from tunesmith.model.capabilities import bf16_is_faster
-from tunesmith.model.chain import adapter_folders
-from tunesmith.model.load import check_vocabulary
-from tunesmith.model.open import longest_text, open_for_answers, open_for_training, open_tokenizer
 from tunesmith.model.saved import save_arguments
-from tunesmith.model.value_head import RewardModel, has_head, read_head
-from tunesmith.ranks import first_decides, is_first_process
+from tunesmith.ranks import first_decides, is_first_process, join_processes
 from tunesmith.recipe import Recipe, load_recipe, phases, resolved
 from tunesmith.resume import begin
 from tunesmith.runs import Run
+from tunesmith.steps.answers import answered, written_metric
+from tunesmith.steps.data import Prepared, prepare_data, report_json, show_data
+from tunesmith.steps.model import tokenizer_of, trainable_model, usable_model
+from tunesmith.steps.options import STAGES, decoding, only, system_prompt, trainer_arguments, uses_cpu
 from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, SampleCallback, use_progress
-from tunesmith.train.curves import PER_TOKEN, plot_curves
-from tunesmith.train.options import SFTConfig
-from tunesmith.train.processing import changed
-from tunesmith.train.reward import RewardConfig, RewardTrainer
+from tunesmith.train.curves import plot_curves
+from tunesmith.train.reward import RewardTrainer
 from tunesmith.train.sft import SFTTrainer
 
 SHOWN_COMPARISONS = 5
-DEFAULT_SEED = 42
-
-
-class Stage(NamedTuple):
-    """What a stage of training is made of."""
-
-    trainer: type
-    config: type
-    defaults: dict[str, Any] = {}  # noqa: RUF012 - never changed
-    """Training options that differ from `TrainingFields` in this stage."""
-    unit: str = PER_TOKEN
-    """Of the loss, for the axis of its curve."""
-
-
-STAGES: dict[str, Stage] = {
-    "pt": Stage(SFTTrainer, SFTConfig, {"packing": True, "packing_strategy": "blocks", "train_on": "all"}),
-    "sft": Stage(SFTTrainer, SFTConfig),
-    "rm": Stage(RewardTrainer, RewardConfig, unit="nats per pair"),
-}
-
-
-class Prepared(NamedTuple):
-    """The data of a run, tokenized, with its reports; evaluation sets by name, the only one of a run as ""."""
-
-    train: Any = None
-    """Token rows, or a stream of examples that the trainer tokenizes; `None` where nothing is trained."""
-    report: Report | None = None
-    evaluation: dict[str, Any] = {}  # noqa: RUF012 - never changed
-    evaluation_reports: dict[str, Report] = {}  # noqa: RUF012
-    evaluation_examples: dict[str, list[Example]] = {}  # noqa: RUF012
-
-    @property
-    def held_out(self) -> list[Example]:
-        """The examples of all evaluation sets, one set after another."""
-        return [example for examples in self.evaluation_examples.values() for example in examples]
-
-    @property
-    def evaluation_sets(self) -> Any:
-        """The evaluation data as a trainer takes it: one dataset, a dict of several, or `None`."""
-        return self.evaluation.get("", self.evaluation) if self.evaluation else None
 
 
 def run(recipe: Any = None, **overrides: Any) -> dict[str, float]:
@@ -247,105 +188,7 @@ def tell(lines: Sequence[str], folder: Run | None, console: Console) -> None:
         console.out(line, highlight=False)
 
 
-# ---- data --------------------------------------------------------------------------------------------------------
-
-
-def tokenizer_of(recipe: Recipe, say: Callable[[str], None] | None = None) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer that the recipe's model brings, with the recipe's template."""
-    tokenizer = open_tokenizer(recipe.model, say=say)
-    asked = {key: recipe.training[key] for key in ("eos_token", "pad_token") if recipe.training.get(key)}
-    if recipe.training.get("chat_template"):  # which needs to know the tokens asked for, and may bring its own
-        tokenizer = use_template(changed(tokenizer, asked), recipe.training["chat_template"])
-    return changed(tokenizer, asked)
-
-
-def prepare_data(recipe: Recipe, tokenizer: Any, *, check: bool = True) -> Prepared:
-    """Load, mix, split, render and tokenize; DataError where nothing, or suspiciously little, would be trained."""
-    todo, train, report = phases(recipe), None, None
-    how = {"stage": recipe.run.stage, "text_field": option(recipe, "dataset_text_field"), "seed": seed_of(recipe)}
-    needs_answers = todo.train or todo.evaluate or recipe.run.stage == "rm"
-    if not todo.train:
-        found = collect(recipe.data, **how, held_out_only=True, answers_needed=needs_answers)
-    elif recipe.data.streaming:
-        found = stream(recipe.data, **how)
-        train, report = found.train, found.report
-    else:
-        found = collect(recipe.data, **how)
-        train, report = encode(recipe, found.train, tokenizer, found.report), found.report
-    evaluation = {}
-    for name, examples in found.evaluation.items() if needs_answers else ():
-        evaluation[name] = encode(recipe, examples, tokenizer, found.evaluation_reports[name])
-    if check:
-        encoded = [found.evaluation_reports[name] for name in evaluation]
-        for one in [report, *encoded] if todo.train and not recipe.data.streaming else encoded:
-            one.check(recipe.data.max_drop_ratio)
-    return Prepared(train, report, evaluation, found.evaluation_reports, found.evaluation)
-
-
-def encode(recipe: Recipe, examples: Sequence[Example], tokenizer: Any, report: Report) -> Any:
-    """Examples as tokens, the way the recipe says: rows of a text, or of two answers in stage rm."""
-    max_length = option(recipe, "max_length") or longest_text(recipe.model, training=phases(recipe).train)
-    names = ("too_long", "chat_template_kwargs", "max_source_length", "max_target_length")
-    how = {name: option(recipe, name) for name in names} | {"on_bad_row": recipe.data.on_bad_row}
-    if recipe.run.stage == "rm":
-        return encode_pairs(examples, tokenizer, report, max_length=max_length, **how)
-    if option(recipe, "packing") and max_length is not None:
-        max_length = length_before_packing(max_length, option(recipe, "packing_strategy"), option(recipe, "too_long"))
-    return encode_examples(
-        examples,
-        tokenizer,
-        report,
-        batch_size=option(recipe, "dataset_batch_size"),
-        num_proc=option(recipe, "dataset_num_proc"),
-        cache=cache_of(recipe.data.data_cache_dir, recipe.data.overwrite_cache),
-        train_on=option(recipe, "train_on"),
-        append_eos=option(recipe, "append_eos"),
-        max_length=max_length,
-        **how,
-    )
-
-
-def option(recipe: Recipe, name: str) -> Any:
-    """A training option: the recipe's, else the stage's, else the default."""
-    return training_options(recipe).get(name, getattr(TrainingFields, name))
-
-
-def training_options(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's training options over those of its stage; a resolved recipe gives them all."""
-    return {**STAGES[recipe.run.stage].defaults, **recipe.training}
-
-
-def seed_of(recipe: Recipe) -> int:
-    """The seed of everything that is drawn."""
-    return recipe.training.get("seed", DEFAULT_SEED)
-
-
-def uses_cpu(recipe: Recipe) -> bool:
-    """Whether a GPU is to be left alone."""
-    return bool(recipe.training.get("use_cpu"))
-
-
-def show_data(data: Prepared, tokenizer: Any, console: Console, rows: int = 0) -> None:
-    """The report of each set, and the first row's ids, or with `rows` real rows with the trained tokens marked."""
-    show_reports(data.report, data.evaluation_reports, console)
-    shown = next((part for part in (data.train, *data.evaluation.values()) if hasattr(part, "select")), None)
-    if shown is None or not len(shown):
-        return
-    if rows and "input_ids" in shown.column_names:
-        preview(list(shown.select(range(min(rows, len(shown))))), tokenizer, console, rows=rows)
-    else:
-        for line in first_row_lines(shown, tokenizer):
-            console.out(line, highlight=False)
-
-
-def report_json(data: Prepared) -> dict[str, Any]:
-    """The reports as data."""
-    held_out = {name: report.to_json() for name, report in data.evaluation_reports.items()}
-    train = None if data.report is None else data.report.to_json()
-    return {"train": train, "evaluation": held_out.get("", held_out) or None}
-
-
-# ---- model and trainer -------------------------------------------------------------------------------------------
+# ---- the trainer ---------------------------------------------------------------------------------------------------
 
 
 def build_trainer(
@@ -385,87 +228,6 @@ def add_notes(trainer: Any, data: Prepared, folder: Run, said: list[str]) -> Non
         data.report.note(note)
         said.append(f"data: {note}")
     folder.save_json("data_report.json", report_json(data))
-
-
-def trainer_arguments(recipe: Recipe, folder: Run) -> SFTConfig:
-    """The training options as the stage's config."""
-    # transformers takes disable_tqdm from its log level, which the command line lowers
-    defaults = {"output_dir": str(folder.path), "seed": DEFAULT_SEED, "disable_tqdm": False}
-    if recipe.data.streaming:
-        defaults["dataset_kwargs"] = {"format": FINISHED, "on_bad_row": recipe.data.on_bad_row}
-    if recipe.run.stage == "rm":
-        defaults["reward_loss"] = recipe.run.reward_loss
-    try:
-        return STAGES[recipe.run.stage].config(**{**defaults, **training_options(recipe)})
-    except ConfigError:
-        raise
-    except ValueError as error:  # transformers checks combinations of its own
-        raise ConfigError(f"the training options contradict each other: {error}") from error
-
-
-def trainable_model(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> nn.Module:
-    """The base model with what the recipe trains of it."""
-    model = open_for_training(
-        recipe.model,
-        tokenizer,
-        seed=seed_of(recipe),
-        max_length=option(recipe, "max_length"),
-        use_cpu=uses_cpu(recipe),
-        say=say,
-    )
-    return with_value_head(recipe, model)
-
-
-def usable_model(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> nn.Module:
-    """The model for inference, on the fastest device."""
-    model = open_for_answers(recipe.model, use_cpu=uses_cpu(recipe), say=say)
-    check_vocabulary(model, tokenizer)
-    return with_value_head(recipe, model)
-
-
-def with_value_head(recipe: Recipe, model: nn.Module) -> nn.Module:
-    """In stage rm the model with the value head of the last folder that it comes from, if one lies there."""
-    folders = [str(recipe.model.model_name_or_path), *adapter_folders(recipe.model.checkpoint_dir)]
-    if recipe.run.stage != "rm" or not has_head(folders[-1]):
-        return model  # a trainer of rewards begins a new one
-    return RewardModel(model, read_head(folders[-1]))
-
-
-def decoding(recipe: Recipe) -> dict[str, Any]:
-    """How answers are written: the decoding options, with what transformers' options say of generation."""
-    names = ("generation_max_length", "generation_num_beams", "max_target_length")
-    return answer_decoding(recipe.decoding, **{name: recipe.training.get(name) for name in names})
-
-
-def written_metric(recipe: Recipe, data: Prepared) -> Any:
-    """What scores written answers; a name or a package that is missing is told here, before the model loads."""
-    default = "bleu_rouge" if recipe.training.get("predict_with_generate") else "exact_match"
-    return metrics_for(recipe.run.metrics, default, references=expected_texts(data.held_out))
-
-
-def answered(
-    recipe: Recipe,
-    model: nn.Module,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    path: Path,
-    metric: Any,
-    console: Console,
-) -> dict[str, float]:
-    """Answer the examples into a file, with a count on a terminal; returns the figures."""
-    with console.status(f"answering {len(examples)} prompts") as status:
-        return answer(
-            model,
-            tokenizer,
-            examples,
-            path,
-            decoding=decoding(recipe),
-            chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
-            metric=metric,
-            max_source_length=recipe.training.get("max_source_length"),
-            seed=seed_of(recipe),
-            progress=lambda done, total: status.update(f"answered {done} of {total} prompts"),
-        )
 
 
 # ---- look, score, answer, talk -----------------------------------------------------------------------------------
@@ -522,13 +284,6 @@ def predict(recipe: Recipe, output: Path = Path(PREDICTIONS_FILE)) -> dict[str, 
     return metrics
 
 
-def only(recipe: Recipe, **phase: bool) -> Recipe:
-    """The recipe of a run directory for one phase alone; what was streamed there is read whole."""
-    switches = {"do_train": False, "do_eval": False, "do_predict": False, **phase}
-    data = dataclasses.replace(recipe.data, streaming=False)
-    return dataclasses.replace(recipe, data=data, training={**recipe.training, **switches})
-
-
 def chat(recipe: Recipe, system: str | None = None) -> None:
     """Talk to a model in the terminal."""
     console = Console()
@@ -558,12 +313,6 @@ def serve(recipe: Recipe, *, name: str, host: str = "127.0.0.1", port: int = 800
         system=system or system_prompt(recipe),
         console=console,
     )
-
-
-def system_prompt(recipe: Recipe) -> str | None:
-    """The system message to talk with: the recipe's, if it has one for all datasets."""
-    prompt = recipe.data.system_prompt
-    return prompt if isinstance(prompt, str) else None
 
 
 def env() -> dict[str, str]:

@@ -1,0 +1,106 @@
+"""The data of a run: recipe and tokenizer → token rows and held-out examples, with their reports."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from tunesmith.data.cache import cache_of
+from tunesmith.data.collect import collect
+from tunesmith.data.normalize import Example
+from tunesmith.data.pack import length_before_packing
+from tunesmith.data.pairs import encode_pairs
+from tunesmith.data.prepare import encode_examples
+from tunesmith.data.report import Report, first_row_lines, preview
+from tunesmith.data.stream import stream
+from tunesmith.deliver.summary import show_reports
+from tunesmith.model.open import longest_text
+from tunesmith.recipe import Recipe, phases
+from tunesmith.steps.options import option, seed_of
+
+
+class Prepared(NamedTuple):
+    """The data of a run, tokenized, with its reports; evaluation sets by name, the only one of a run as ""."""
+
+    train: Any = None
+    """Token rows, or a stream of examples that the trainer tokenizes; `None` where nothing is trained."""
+    report: Report | None = None
+    evaluation: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    evaluation_reports: dict[str, Report] = {}  # noqa: RUF012
+    evaluation_examples: dict[str, list[Example]] = {}  # noqa: RUF012
+
+    @property
+    def held_out(self) -> list[Example]:
+        """The examples of all evaluation sets, one set after another."""
+        return [example for examples in self.evaluation_examples.values() for example in examples]
+
+    @property
+    def evaluation_sets(self) -> Any:
+        """The evaluation data as a trainer takes it: one dataset, a dict of several, or `None`."""
+        return self.evaluation.get("", self.evaluation) if self.evaluation else None
+
+
+def prepare_data(recipe: Recipe, tokenizer: Any, *, check: bool = True) -> Prepared:
+    """Load, mix, split, render and tokenize; DataError where nothing, or suspiciously little, would be trained."""
+    todo, train, report = phases(recipe), None, None
+    how = {"stage": recipe.run.stage, "text_field": option(recipe, "dataset_text_field"), "seed": seed_of(recipe)}
+    needs_answers = todo.train or todo.evaluate or recipe.run.stage == "rm"
+    if not todo.train:
+        found = collect(recipe.data, **how, held_out_only=True, answers_needed=needs_answers)
+    elif recipe.data.streaming:
+        found = stream(recipe.data, **how)
+        train, report = found.train, found.report
+    else:
+        found = collect(recipe.data, **how)
+        train, report = encode(recipe, found.train, tokenizer, found.report), found.report
+    evaluation = {}
+    for name, examples in found.evaluation.items() if needs_answers else ():
+        evaluation[name] = encode(recipe, examples, tokenizer, found.evaluation_reports[name])
+    if check:
+        encoded = [found.evaluation_reports[name] for name in evaluation]
+        for one in [report, *encoded] if todo.train and not recipe.data.streaming else encoded:
+            one.check(recipe.data.max_drop_ratio)
+    return Prepared(train, report, evaluation, found.evaluation_reports, found.evaluation)
+
+
+def encode(recipe: Recipe, examples: Sequence[Example], tokenizer: Any, report: Report) -> Any:
+    """Examples as tokens, the way the recipe says: rows of a text, or of two answers in stage rm."""
+    max_length = option(recipe, "max_length") or longest_text(recipe.model, training=phases(recipe).train)
+    names = ("too_long", "chat_template_kwargs", "max_source_length", "max_target_length")
+    how = {name: option(recipe, name) for name in names} | {"on_bad_row": recipe.data.on_bad_row}
+    if recipe.run.stage == "rm":
+        return encode_pairs(examples, tokenizer, report, max_length=max_length, **how)
+    if option(recipe, "packing") and max_length is not None:
+        max_length = length_before_packing(max_length, option(recipe, "packing_strategy"), option(recipe, "too_long"))
+    return encode_examples(
+        examples,
+        tokenizer,
+        report,
+        batch_size=option(recipe, "dataset_batch_size"),
+        num_proc=option(recipe, "dataset_num_proc"),
+        cache=cache_of(recipe.data.data_cache_dir, recipe.data.overwrite_cache),
+        train_on=option(recipe, "train_on"),
+        append_eos=option(recipe, "append_eos"),
+        max_length=max_length,
+        **how,
+    )
+
+
+def show_data(data: Prepared, tokenizer: Any, console: Console, rows: int = 0) -> None:
+    """The report of each set, and the first row's ids, or with `rows` real rows with the trained tokens marked."""
+    show_reports(data.report, data.evaluation_reports, console)
+    shown = next((part for part in (data.train, *data.evaluation.values()) if hasattr(part, "select")), None)
+    if shown is None or not len(shown):
+        return
+    if rows and "input_ids" in shown.column_names:
+        preview(list(shown.select(range(min(rows, len(shown))))), tokenizer, console, rows=rows)
+    else:
+        for line in first_row_lines(shown, tokenizer):
+            console.out(line, highlight=False)
+
+
+def report_json(data: Prepared) -> dict[str, Any]:
+    """The reports as data."""
+    held_out = {name: report.to_json() for name, report in data.evaluation_reports.items()}
+    train = None if data.report is None else data.report.to_json()
+    return {"train": train, "evaluation": held_out.get("", held_out) or None}

@@ -1,0 +1,90 @@
+"""What a recipe says, each value over its stage's and the default: options, the trainer's arguments, decoding."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from tunesmith.config import TrainingFields
+from tunesmith.data.stream import FINISHED
+from tunesmith.errors import ConfigError
+from tunesmith.evaluate.generate import answer_decoding
+from tunesmith.recipe import Recipe
+from tunesmith.runs import Run
+from tunesmith.train.curves import PER_TOKEN
+from tunesmith.train.options import SFTConfig
+from tunesmith.train.reward import RewardConfig, RewardTrainer
+from tunesmith.train.sft import SFTTrainer
+
+DEFAULT_SEED = 42
+
+
+class Stage(NamedTuple):
+    """What a stage of training is made of."""
+
+    trainer: type
+    config: type
+    defaults: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    """Training options that differ from `TrainingFields` in this stage."""
+    unit: str = PER_TOKEN
+    """Of the loss, for the axis of its curve."""
+
+
+STAGES: dict[str, Stage] = {
+    "pt": Stage(SFTTrainer, SFTConfig, {"packing": True, "packing_strategy": "blocks", "train_on": "all"}),
+    "sft": Stage(SFTTrainer, SFTConfig),
+    "rm": Stage(RewardTrainer, RewardConfig, unit="nats per pair"),
+}
+
+
+def option(recipe: Recipe, name: str) -> Any:
+    """A training option: the recipe's, else the stage's, else the default."""
+    return training_options(recipe).get(name, getattr(TrainingFields, name))
+
+
+def training_options(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's training options over those of its stage; a resolved recipe gives them all."""
+    return {**STAGES[recipe.run.stage].defaults, **recipe.training}
+
+
+def seed_of(recipe: Recipe) -> int:
+    """The seed of everything that is drawn."""
+    return recipe.training.get("seed", DEFAULT_SEED)
+
+
+def uses_cpu(recipe: Recipe) -> bool:
+    """Whether a GPU is to be left alone."""
+    return bool(recipe.training.get("use_cpu"))
+
+
+def trainer_arguments(recipe: Recipe, folder: Run) -> SFTConfig:
+    """The training options as the stage's config."""
+    # transformers takes disable_tqdm from its log level, which the command line lowers
+    defaults = {"output_dir": str(folder.path), "seed": DEFAULT_SEED, "disable_tqdm": False}
+    if recipe.data.streaming:
+        defaults["dataset_kwargs"] = {"format": FINISHED, "on_bad_row": recipe.data.on_bad_row}
+    if recipe.run.stage == "rm":
+        defaults["reward_loss"] = recipe.run.reward_loss
+    try:
+        return STAGES[recipe.run.stage].config(**{**defaults, **training_options(recipe)})
+    except ConfigError:
+        raise
+    except ValueError as error:  # transformers checks combinations of its own
+        raise ConfigError(f"the training options contradict each other: {error}") from error
+
+
+def decoding(recipe: Recipe) -> dict[str, Any]:
+    """How answers are written: the decoding options, with what transformers' options say of generation."""
+    names = ("generation_max_length", "generation_num_beams", "max_target_length")
+    return answer_decoding(recipe.decoding, **{name: recipe.training.get(name) for name in names})
+
+
+def system_prompt(recipe: Recipe) -> str | None:
+    """The system message to talk with: the recipe's, if it has one for all datasets."""
+    prompt = recipe.data.system_prompt
+    return prompt if isinstance(prompt, str) else None
+
+
+def only(recipe: Recipe, **phase: bool) -> Recipe:
+    """The recipe of a run directory for one phase alone; what was streamed there is read whole."""
+    switches = {"do_train": False, "do_eval": False, "do_predict": False, **phase}
+    data = dataclasses.replace(recipe.data, streaming=False)
+    return dataclasses.replace(recipe, data=data, training={**recipe.training, **switches})
