@@ -1,14 +1,19 @@
 """Where a run begins: in a new folder, or at the checkpoint that an earlier, unfinished run left in its own."""
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tunesmith.errors import CheckpointError
-from tunesmith.runs import prepare_output_dir, read_status, refuse_if_going
+from tunesmith.runs import as_saved, prepare_output_dir, read_recipe, read_status, refuse_if_going
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 LAST = ("true", "last", "auto")  # words of resume_from_checkpoint for the newest one in output_dir
+
+
+HOW = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")  # options that say where, and not what
 
 
 class Beginning(NamedTuple):
@@ -44,6 +49,27 @@ def begin(output_dir: str | Path, *, overwrite: bool, resume_from_checkpoint: st
         refuse_if_going(folder)
         return Beginning(folder, checkpoint)
     return Beginning(prepare_output_dir(folder, overwrite), checkpoint)
+
+
+def is_complete(found: Beginning, options: Mapping[str, Any]) -> bool:
+    """Whether the run in the folder has done all that `options` ask for, so that nothing is left to go on with."""
+    folder, checkpoint = found
+    if checkpoint is None or folder.resolve() not in checkpoint.resolve().parents:
+        return False
+    status, saved = read_status(folder) or {}, read_recipe(folder) or {}
+    asked = as_saved(options)
+    if any(saved.get(name) != asked.get(name) for name in saved.keys() | asked.keys() if name not in HOW):
+        return False
+    return status.get("state") == "completed" and is_last(checkpoint)
+
+
+def is_last(checkpoint: Path) -> bool:
+    """Whether a checkpoint was saved after the last step of its run."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_bytes())
+        return state["global_step"] >= state["max_steps"] > 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def was_cut_short(folder: Path) -> bool:
