@@ -11,6 +11,7 @@ from tunesmith.runs import as_saved, prepare_output_dir, read_recipe, read_statu
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 LAST = ("true", "last", "auto")  # words of resume_from_checkpoint for the newest one in output_dir
+NONE = ("none", "false")
 
 
 HOW = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")  # options that say where, and not what
@@ -41,7 +42,7 @@ def begin(output_dir: str | Path, *, overwrite: bool, resume_from_checkpoint: st
                 f"resume_from_checkpoint: {folder} holds no checkpoint to go on from. Leave the option out to begin "
                 "anew, or name a folder like runs/mine/checkpoint-100."
             )
-    elif asked in ("none", "false"):
+    elif asked in NONE:
         checkpoint = last_checkpoint(folder) if asked == "none" and not overwrite and was_cut_short(folder) else None
     else:
         checkpoint = named_checkpoint(str(resume_from_checkpoint))
@@ -49,6 +50,13 @@ def begin(output_dir: str | Path, *, overwrite: bool, resume_from_checkpoint: st
         refuse_if_going(folder)
         return Beginning(folder, checkpoint)
     return Beginning(prepare_output_dir(folder, overwrite), checkpoint)
+
+
+def repeatable(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for `recipe.yaml`, which repeats the run elsewhere: there is no checkpoint to go on from there."""
+    name = "resume_from_checkpoint"
+    is_word = str(options.get(name)).lower() in (*LAST, *NONE)
+    return {key: value for key, value in options.items() if key != name or not is_word}
 
 
 def is_complete(found: Beginning, options: Mapping[str, Any]) -> bool:

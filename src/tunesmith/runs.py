@@ -166,10 +166,15 @@ class Run:
 
     def write_status(self, state: State, reason: str | None = None, **figures: Any) -> None:
         """Replace status.json. Figures stay until they are given again: step, total_steps, loss, eta_seconds, ..."""
-        self._status |= {"state": state, "reason": reason, "updated": _now(), **figures}
+        self.note(**figures)
+        self._status |= {"state": state, "reason": reason, "updated": _now()}
         if state not in ("preparing", "running"):
             self._status.pop("eta_seconds", None)
         self.save_json(STATUS_FILE, self._status)
+
+    def note(self, **figures: Any) -> None:
+        """Remember figures for the next status."""
+        self._status |= figures
 
     def log_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl. Times are left out, so that a repeated run can be compared by its loss."""

@@ -24,7 +24,7 @@ from tunesmith.model.capabilities import bf16_is_faster
 from tunesmith.model.saved import save_arguments
 from tunesmith.ranks import first_decides, is_first_process, join_processes
 from tunesmith.recipe import Recipe, load_recipe, phases, resolved
-from tunesmith.resume import Beginning, begin, is_complete
+from tunesmith.resume import Beginning, begin, is_complete, repeatable
 from tunesmith.runs import Run
 from tunesmith.steps.answers import answered, written_metric
 from tunesmith.steps.data import Prepared, prepare_data, report_json, show_data
@@ -64,7 +64,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         return folder.results()
     with recorded(folder):
         if todo.train:
-            folder.save_recipe(resolved(recipe))
+            folder.save_recipe(repeatable(resolved(recipe)))
         going_on = [f"resume: going on from {checkpoint}"] if checkpoint is not None else []
         tell([*recipe.notes, *going_on], folder, console)
         tokenizer = tokenizer_of(recipe, lambda line: tell([line], folder, console))
@@ -119,14 +119,17 @@ def run_training(
 ) -> None:
     """Train and save the model, with the compared answers from before and after."""
     before = compare(recipe, trainer, data, metric, folder, "before", console)
-    metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
+    output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    figures = training_figures(trainer, output.metrics)
     trainer.save_model()
     trainer.save_state()
     if is_first_process():
         save_arguments(folder.path, recipe.model, trainer.model)
         trainer.create_model_card()
+    if recipe.data.streaming:  # which rows there are is known only now
+        folder.save_json("data_report.json", report_json(data))
     after = compare(recipe, trainer, data, metric, folder, "after", console)
-    folder.save_results("train", training_figures(trainer, metrics) | after)
+    folder.save_results("train", figures | after)
     if recipe.run.plot_loss and is_first_process():
         title = f"Loss of {folder.path.name}"
         plot_curves(trainer.state.log_history, folder.path, title, STAGES[recipe.run.stage].unit)

@@ -7,16 +7,20 @@ from typing import Any
 def training_figures(trainer: Any, metrics: Mapping[str, float]) -> dict[str, float]:
     """What `train_results.json` says of a training that has ended; every process must call it.
 
-    Loss and tokens are those of the whole run. Times and speeds can only be those of this session; where it went on
-    from a checkpoint, `train_resumed_at_step` says from which.
+    Loss and tokens are those of the whole run, which the model card is told as well. Times and speeds can only be
+    those of this session; where it went on from a checkpoint, `train_resumed_at_step` says from which.
 
     Args:
         metrics: what `trainer.train` returned of this session.
     """
-    here, before = trainer.steps_here, trainer.state.global_step - trainer.steps_here
-    found = {**metrics, "train_loss": whole_loss(trainer.state.log_history, before, metrics["train_loss"], here)}
-    found["train_tokens"] = trainer.count_tokens()
-    found["train_tokens_per_second"] = round(trainer.count_tokens_here() / max(metrics["train_runtime"], 1e-9), 3)
+    history, here = trainer.state.log_history, trainer.steps_here
+    before = trainer.state.global_step - here
+    loss = whole_loss(history, before, metrics["train_loss"], here)
+    for line in history[-1:]:  # of the end of training
+        line["train_loss"] = loss
+    tokens, tokens_here = trainer.count_tokens(), trainer.count_tokens_here()
+    speed = round(tokens_here / max(metrics["train_runtime"], 1e-9), 3)
+    found = {**metrics, "train_loss": loss, "train_tokens": tokens, "train_tokens_per_second": speed}
     return found | ({"train_resumed_at_step": before} if before else {})
 
 

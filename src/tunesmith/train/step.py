@@ -93,6 +93,16 @@ class TokenTrainer(Seq2SeqTrainer):
         )
         return overridden or self.compute_loss_func is not None
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """The micro-batches of the next step; none after the last, which transformers would go beyond.
+
+        It looks whether `max_steps` are done when a step has ended, and not when it goes on from a checkpoint.
+        """
+        if 0 < self.state.max_steps <= self.state.global_step:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     # ---- the step ------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
