@@ -82,6 +82,7 @@ def test_two_processes_write_the_files_of_one(folders, name):
     assert two == one
     ours, expected = (without_cache_notes(folder / name / "data_report.json") for folder in folders)
     assert ours == expected
+    assert ours["train"]["rows"]["kept"] > 0
     assert read_status(folders[1] / name)["state"] == "completed"
     for path in (folders[0] / name).glob("*.safetensors"):
         ours, expected = load_file(folders[1] / name / path.name), load_file(path)

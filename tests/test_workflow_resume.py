@@ -125,6 +125,12 @@ def test_a_finished_run_is_left_as_it_is(folder):
     assert json.loads((folder / "untouched.json").read_text())
 
 
+def test_the_report_of_a_stream_counts_what_was_read(folder):
+    whole, cut = (json.loads((folder / name / "data_report.json").read_text())["train"] for name in RUNS["stream"])
+    assert cut == whole
+    assert whole["rows"] == {"read": 25, "kept": 25, "dropped": 0}
+
+
 def test_the_saved_recipe_does_not_ask_for_a_checkpoint(folder):
     assert "resume_from_checkpoint" not in (folder / "interrupted" / "recipe.yaml").read_text()
 

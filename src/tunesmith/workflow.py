@@ -27,7 +27,7 @@ from tunesmith.recipe import Recipe, load_recipe, phases, resolved
 from tunesmith.resume import Beginning, begin, is_complete, repeatable
 from tunesmith.runs import Run
 from tunesmith.steps.answers import answered, written_metric
-from tunesmith.steps.data import Prepared, prepare_data, report_json, show_data
+from tunesmith.steps.data import Prepared, after_stream, prepare_data, report_json, show_data
 from tunesmith.steps.figures import training_figures
 from tunesmith.steps.model import tokenizer_of, trainable_model, usable_model
 from tunesmith.steps.options import STAGES, decoding, only, system_prompt, trainer_arguments, uses_cpu
@@ -126,8 +126,8 @@ def run_training(
     if is_first_process():
         save_arguments(folder.path, recipe.model, trainer.model)
         trainer.create_model_card()
-    if recipe.data.streaming:  # which rows there are is known only now
-        folder.save_json("data_report.json", report_json(data))
+    if recipe.data.streaming:
+        folder.save_json("data_report.json", report_json(after_stream(data, trainer.reports.get("train_dataset"))))
     after = compare(recipe, trainer, data, metric, folder, "after", console)
     folder.save_results("train", figures | after)
     if recipe.run.plot_loss and is_first_process():
