@@ -262,7 +262,7 @@ def serve(
 ) -> None:
     """Answer over HTTP as OpenAI's API does, with a chat page: tunesmith serve runs/mine."""
     with errors_reported(show_traceback):
-        from tunesmith.deliver.access import require_server
+        from tunesmith.deliver.web.access import require_server
         from tunesmith.recipe import load_for_model
 
         require_server("serve")  # before a model is loaded for nothing
@@ -282,7 +282,7 @@ def studio(
     with errors_reported(show_traceback):
         from functools import partial
 
-        from tunesmith.deliver.studio import studio as open_studio
+        from tunesmith.deliver.web.studio import studio as open_studio
         from tunesmith.recipe import load_recipe
 
         open_studio(folder, load=partial(load_recipe, task="train"), host=host, port=port)

@@ -17,8 +17,8 @@ from tunesmith import __version__
 from tunesmith.config import TrainingFields
 from tunesmith.deliver.chat import chat as talk
 from tunesmith.deliver.merge import merge
-from tunesmith.deliver.serve import serve as serve_model
 from tunesmith.deliver.summary import show_answers, show_reports, show_results
+from tunesmith.deliver.web.serve import serve as serve_model
 from tunesmith.evaluate.predict import PREDICTIONS_FILE, comparisons, prefixed
 from tunesmith.model.capabilities import bf16_is_faster
 from tunesmith.model.saved import save_arguments
@@ -293,7 +293,7 @@ def chat(recipe: Recipe, system: str | None = None) -> None:
         model,
         tokenizer,
         system=system or system_prompt(recipe),
-        decoding=recipe.decoding,
+        decoding=decoding(recipe),
         chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
         console=console,
     )
@@ -309,7 +309,8 @@ def serve(recipe: Recipe, *, name: str, host: str = "127.0.0.1", port: int = 800
         name=name,
         host=host,
         port=port,
-        decoding=recipe.decoding,
+        decoding=decoding(recipe),
+        chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
         system=system or system_prompt(recipe),
         console=console,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.report import visible
-from tunesmith.deliver.launch import Start, read_start
+from tunesmith.deliver.web.launch import Start, read_start
 from tunesmith.runs import EVENTS_FILE, METRICS_FILE, RECIPE_FILE, STATUS_FILE, read_metrics, read_status
 
 TRAINER_LOG_FILE = "trainer_log.jsonl"
