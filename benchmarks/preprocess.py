@@ -120,6 +120,9 @@ class Stages:
 
 def measure_recipe(options: argparse.Namespace, folder: str | None = None) -> dict[str, Any]:
     """Rows of a file → packed rows; kept in a folder, and read from it if they are there."""
+    from tunesmith import allocator
+
+    allocator.tune()  # as the command line does
     from tunesmith.data.cache import Cache
     from tunesmith.data.pack import pack
     from tunesmith.data.prepare import encode_examples, read_examples

@@ -208,8 +208,8 @@ class DataConfig:
     max_drop_ratio: Annotated[float, Ge(0), Le(1)] = 0.05
     """Stop before training when more than this share of the rows would be dropped."""
     data_cache_dir: str | None = None
-    """Folder of tokenized data, used again while rows, tokenizer, template and options are the same. `None`: the
-    user's cache folder; `off`: none."""
+    """Folder of tokenized data (sets of 2,000 rows or more), used again while rows, tokenizer, template and options are
+    the same. `None`: `$TUNESMITH_CACHE/data`, else the user's cache folder; `off`: none."""
     overwrite_cache: bool = False
     """Tokenize anew where `data_cache_dir` holds the same data."""
 
@@ -228,7 +228,8 @@ class TrainingFields:
     """A longer example: stops the run, is dropped, is cut on the right or the left, or loses its oldest turns. All but
     the first are counted; a cut leaves no false stop token, and a row that it leaves untrained is dropped."""
     max_source_length: Annotated[int, Ge(1)] | None = None
-    """Longest prompt of a turn, in tokens; the end of a longer one is cut. `None`: only `max_length` counts."""
+    """Longest prompt of a turn, in tokens; a longer one is cut at its end, but keeps what the template writes before
+    the answer. `None`: only `max_length` counts."""
     max_target_length: Annotated[int, Ge(1)] | None = None
     """Longest answer of a turn, in tokens; the end of a longer one is cut. `None`: only `max_length` counts."""
     train_on: TrainOn = "assistant"
@@ -247,7 +248,8 @@ class TrainingFields:
     dataset_text_field: str = "text"
     """Column that holds the text of plain-text rows."""
     dataset_num_proc: Annotated[int, Ge(1)] | None = None
-    """Processes that render and tokenize. `None`: this one (tokenizing uses all cores anyway)."""
+    """Processes that render and tokenize. `None`: two threads of this one; from 50,000 rows and 4 cores on a process
+    for each 10,000 rows, at most 8."""
     dataset_batch_size: int | None = 1000
     """Examples rendered and tokenized at once. `None`, or below 1: all."""
     shuffle_dataset: bool = False

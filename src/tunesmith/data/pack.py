@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PackingStrategy = Literal["bfd", "bfd_split", "wrapped", "blocks"]
 TOKEN_COLUMNS = ("input_ids", "labels", "weights")
-TOKENS_PER_CHUNK = 1 << 24  # gathered at once; bounds the temporary memory of `pack` to about 0.5 GiB
+TOKENS_PER_CHUNK = 1 << 20  # gathered at once: temporaries of some 30 MiB, which need no fresh pages for each chunk
 
 
 @dataclass(frozen=True)

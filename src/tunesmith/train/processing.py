@@ -39,7 +39,7 @@ def processing_for(model: Any, given: Any, args: SFTConfig) -> Any:
     elif getattr(tokenizer_in(given), "padding_side", "right") != "right":
         warnings.warn(
             f"the tokenizer's padding_side is '{tokenizer_in(given).padding_side}'. In training rows are laid end to "
-            "end or padded on the right, so it has no effect there.",
+            "end, or padded where the option padding_side says, so it has no effect there.",
             UserWarning,
             stacklevel=3,
         )

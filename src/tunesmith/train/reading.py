@@ -231,4 +231,7 @@ def values_of(dataset: Any) -> Iterator[Mapping[str, Any]]:
     """The rows as plain values; a transform of the person's is applied, a format for tensors is not."""
     if not isinstance(dataset, datasets.Dataset):
         return (dataset[index] for index in range(len(dataset)))
-    return iter(dataset if dataset.format["type"] == "custom" else dataset.with_format(None))
+    if dataset.format["type"] == "custom" or not dataset.column_names:
+        return iter(dataset)
+    batches = dataset.with_format(None).iter(100)  # a row at a time takes seven times as long
+    return (dict(zip(batch, values)) for batch in batches for values in zip(*batch.values()))
