@@ -19,12 +19,12 @@ from tunesmith.deliver.chat import chat as talk
 from tunesmith.deliver.merge import merge
 from tunesmith.deliver.summary import show_answers, show_reports, show_results
 from tunesmith.deliver.web.serve import serve as serve_model
-from tunesmith.evaluate.predict import PREDICTIONS_FILE, comparisons, prefixed
+from tunesmith.evaluate.predict import comparisons, prefixed
 from tunesmith.model.capabilities import bf16_is_faster
 from tunesmith.model.saved import save_arguments
 from tunesmith.recipe import Recipe, load_recipe, phases, resolved
 from tunesmith.resume import begin
-from tunesmith.runs import Run
+from tunesmith.runs import COMPARED_FILES, DATA_REPORT_FILE, PREDICTIONS_FILE, Run
 from tunesmith.steps.answers import answered, written_metric
 from tunesmith.steps.data import Prepared, prepare_data, report_json, show_data
 from tunesmith.steps.model import tokenizer_of, trainable_model, usable_model
@@ -65,7 +65,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         tell([*recipe.notes, *going_on], folder, console)
         tokenizer = tokenizer_of(recipe, lambda line: tell([line], folder, console))
         data = prepare_data(recipe, tokenizer)
-        folder.save_json("data_report.json", report_json(data))
+        folder.save_json(DATA_REPORT_FILE, report_json(data))
         show_data(data, tokenizer, console)
         metric = written_metric(recipe, data)
         trainer = build_trainer(recipe, tokenizer, data, metric, folder, console)
@@ -118,7 +118,7 @@ def run_training(
         title = f"Loss of {folder.path.name}"
         plot_curves(trainer.state.log_history, folder.path, title, STAGES[recipe.run.stage].unit)
     if after:
-        answers = (folder.path / f"predictions_{when}.jsonl" for when in ("before", "after"))
+        answers = (folder.path / name for name in COMPARED_FILES.values())
         shown = comparisons(
             data.held_out,
             trainer.processing_class,
@@ -150,7 +150,7 @@ def compare(
     if not examples:
         return {}
     console.out(f"answering {len(examples)} held-out prompts {when} training", highlight=False)
-    path = folder.path / f"predictions_{when}.jsonl"
+    path = folder.path / COMPARED_FILES[when]
     found = answered(recipe, trainer.model, trainer.processing_class, examples, path, metric, console)
     return {key: value for key, value in found.items() if not key.startswith("predict_")}
 
@@ -227,7 +227,7 @@ def add_notes(trainer: Any, data: Prepared, folder: Run, said: list[str]) -> Non
     for note in found.notes:
         data.report.note(note)
         said.append(f"data: {note}")
-    folder.save_json("data_report.json", report_json(data))
+    folder.save_json(DATA_REPORT_FILE, report_json(data))
 
 
 # ---- look, score, answer, talk -----------------------------------------------------------------------------------

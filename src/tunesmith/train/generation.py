@@ -29,10 +29,10 @@ from tunesmith.evaluate.generate import (
     stop_token_ids,
 )
 from tunesmith.evaluate.metrics import Metric, checked_figures, exact_match
-from tunesmith.evaluate.predict import PREDICTIONS_FILE, json_line, prefixed
+from tunesmith.evaluate.predict import json_line, prefixed
 from tunesmith.evaluate.ranks import gathered, rank_and_world
 from tunesmith.lookup import did_you_mean
-from tunesmith.runs import write_text
+from tunesmith.runs import PREDICTIONS_FILE, write_text
 from tunesmith.train.collate import split_documents
 from tunesmith.train.evaluation import EvaluatingTrainer
 from tunesmith.train.processing import tokenizer_in
