@@ -208,8 +208,8 @@ class DataConfig:
     max_drop_ratio: Annotated[float, Ge(0), Le(1)] = 0.05
     """Stop before training when more than this share of the rows would be dropped."""
     data_cache_dir: str | None = None
-    """Folder of tokenized data (sets of 2,000 rows or more), used again while rows, tokenizer, template and options are
-    the same. `None`: `$TUNESMITH_CACHE/data`, else the user's cache folder; `off`: none."""
+    """Folder of tokenized data (sets of 2,000 rows or more), used again while rows, tokenizer, template and options
+    are the same. `None`: `$TUNESMITH_CACHE/data`, else the user's cache folder; `off`: none."""
     overwrite_cache: bool = False
     """Tokenize anew where `data_cache_dir` holds the same data."""
 

@@ -25,7 +25,7 @@ from tunesmith.data.report import Report
 from tunesmith.data.rows import RowError
 from tunesmith.data.tokenize import tokenize
 from tunesmith.errors import CheckpointError, ConfigError, DataError
-from tunesmith.model.adapt import check_trainable, count_parameters
+from tunesmith.model.adapt import check_trainable, trainable_line
 from tunesmith.model.attention import attention_configs
 from tunesmith.model.capabilities import Support, probe_model
 from tunesmith.model.load import check_vocabulary
@@ -186,10 +186,7 @@ class RewardTrainer(EvaluatingTrainer):
         self.choices.append(
             f"batches: {said}; chosen and rejected answers in one" + f" ({support.why})" * bool(support.why)
         )
-        trained, total = count_parameters(self.model)
-        self.choices.append(
-            f"trained parameters: {trained:,} of {total:,} ({trained / total:.2%}), the value head's included"
-        )
+        self.choices.append(f"{trainable_line(self.model)} (the value head's included)")
         return support
 
     # ---- batches -----------------------------------------------------------------------------------------------
