@@ -221,7 +221,6 @@ def test_a_recipe_is_checked_with_all_its_problems_in_one_report(client):
         ({"path": "../other.yaml"}, "there is no such recipe"),
         ({"path": "missing.yaml"}, "there is no such recipe"),
         ({"path": "a\0.yaml"}, "there is no such recipe"),
-        ({"recipe": RECIPE + "trust_remote_code: true\n"}, "trust_remote_code"),
         ({"recipe": RECIPE + "format: evil.py:read\n"}, "'evil.py:read' names code"),
         ({"recipe": RECIPE + "format: os.path:join\n"}, "'os.path:join' names code"),
         (
