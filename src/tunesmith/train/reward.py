@@ -181,7 +181,7 @@ class RewardTrainer(EvaluatingTrainer):
         self.choices.append(
             f"batches: {said}; chosen and rejected answers in one" + f" ({support.why})" * bool(support.why)
         )
-        self.choices.append(trainable_line(self.model))
+        self.choices.append(f"{trainable_line(self.model)} (the value head's included)")
         return support
 
     # ---- batches -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from tunesmith import allocator
 from tunesmith.data import IGNORE_INDEX
 from tunesmith.data.report import Report
 from tunesmith.deliver.card import tag_model
-from tunesmith.errors import ConfigError, ModelError
+from tunesmith.errors import ConfigError
 from tunesmith.model.adapt import check_trainable, trainable_line, upcast_trainable
 from tunesmith.model.attention import attention_configs
 from tunesmith.model.capabilities import Support, probe_model
@@ -237,8 +237,6 @@ class SFTTrainer(GeneratingTrainer):
         self.choices.append(f"batches: {said}" + (f" ({support.why})" if support.why else ""))
         if self.train_dataset is not None:
             self.choices.append(trainable_line(self.model))
-        if self.train_dataset is not None and not any(p.requires_grad for p in self.model.parameters()):
-            raise ModelError("no parameter of the model is trainable. Set requires_grad, or give a peft_config.")
         return support
 
     def _asked(self, support: Support) -> Support:
