@@ -74,9 +74,9 @@ class RunConfig:
     """Draw `training_loss.png` when training ends, and `training_eval_loss.png` where there were evaluations."""
     compare_rows: Annotated[int, Ge(0)] = 0
     """Held-out rows answered before and after training, shown side by side with `metrics`. 0: none."""
-    reward_loss: Literal["span", "last_token"] = "span"
-    """Rewards that the loss of stage rm compares: `span` those of all positions from where two answers begin to
-    differ, `last_token` only those that become the scores."""
+    reward_loss: Literal["last_token", "span"] = "last_token"
+    """Rewards that the loss of stage rm compares: `last_token` those that become the scores, `span` those of all
+    positions from where two answers begin to differ, as in 2023."""
     metrics: str | list[str] | None = None
     """Names in `METRICS` or `file.py:function`, several as a list or comma-separated, computed over written answers.
     `None`: `exact_match` for compared rows, BLEU-4 and ROUGE (`bleu_rouge`) with `predict_with_generate`."""
