@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": FLOOR | {"allocator", "data", "model", "runs", "ranks", "evaluate", "deliver"},
     "steps": FLOOR | {"data", "model", "recipe", "runs", "ranks", "evaluate", "train", "deliver"},
     "workflow": FLOOR | {"model", "recipe", "runs", "resume", "ranks", "evaluate", "train", "deliver", "steps"},
-    "cli": {"errors", "config", "recipe", "allocator", "ranks", "workflow", "deliver"},
+    "cli": {"errors", "config", "recipe", "allocator", "ranks", "runs", "workflow", "deliver"},
     "__main__": {"cli"},
     "__init__": set(),
     "trainer": set(),

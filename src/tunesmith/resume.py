@@ -1,19 +1,15 @@
 """Where a run begins: in a new folder, or at the checkpoint that an earlier, unfinished run left in its own."""
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunesmith.errors import CheckpointError
-from tunesmith.runs import as_saved, prepare_output_dir, read_recipe, read_status, refuse_if_going
+from tunesmith.runs import as_saved, checkpoints, prepare_output_dir, read_recipe, read_status, refuse_if_going
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 LAST = ("true", "last", "auto")  # words of resume_from_checkpoint for the newest one in output_dir
 NONE = ("none", "false")
-
-
 HOW = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")  # options that say where, and not what
 
 
@@ -87,10 +83,8 @@ def was_cut_short(folder: Path) -> bool:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in a run directory; dates play no part."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    steps = {int(match[1]): path for path in found if (match := CHECKPOINT.fullmatch(path.name)) and is_whole(path)}
-    return steps[max(steps)] if steps else None
+    """The checkpoint of the highest step that was written whole."""
+    return next((path for path in reversed(checkpoints(folder).values()) if is_whole(path)), None)
 
 
 def named_checkpoint(name: str) -> Path:

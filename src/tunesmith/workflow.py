@@ -17,15 +17,15 @@ from tunesmith import __version__
 from tunesmith.config import TrainingFields
 from tunesmith.deliver.chat import chat as talk
 from tunesmith.deliver.merge import merge
-from tunesmith.deliver.serve import serve as serve_model
 from tunesmith.deliver.summary import show_answers, show_reports, show_results
-from tunesmith.evaluate.predict import PREDICTIONS_FILE, comparisons, prefixed
+from tunesmith.deliver.web.serve import serve as serve_model
+from tunesmith.evaluate.predict import comparisons, prefixed
 from tunesmith.model.capabilities import bf16_is_faster
 from tunesmith.model.saved import save_arguments
 from tunesmith.ranks import first_decides, is_first_process, join_processes
 from tunesmith.recipe import Recipe, load_recipe, phases, resolved
 from tunesmith.resume import Beginning, begin, is_complete, repeatable
-from tunesmith.runs import Run
+from tunesmith.runs import COMPARED_FILES, DATA_REPORT_FILE, PREDICTIONS_FILE, Run
 from tunesmith.steps.answers import answered, written_metric
 from tunesmith.steps.data import Prepared, after_stream, prepare_data, report_json, show_data
 from tunesmith.steps.figures import training_figures
@@ -69,7 +69,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         tell([*recipe.notes, *going_on], folder, console)
         tokenizer = tokenizer_of(recipe, lambda line: tell([line], folder, console))
         data = prepare_data(recipe, tokenizer)
-        folder.save_json("data_report.json", report_json(data))
+        folder.save_json(DATA_REPORT_FILE, report_json(data))
         show_data(data, tokenizer, console)
         metric = written_metric(recipe, data)
         trainer = build_trainer(recipe, tokenizer, data, metric, folder, console)
@@ -127,14 +127,14 @@ def run_training(
         save_arguments(folder.path, recipe.model, trainer.model)
         trainer.create_model_card()
     if recipe.data.streaming:
-        folder.save_json("data_report.json", report_json(after_stream(data, trainer.reports.get("train_dataset"))))
+        folder.save_json(DATA_REPORT_FILE, report_json(after_stream(data, trainer.reports.get("train_dataset"))))
     after = compare(recipe, trainer, data, metric, folder, "after", console)
     folder.save_results("train", figures | after)
     if recipe.run.plot_loss and is_first_process():
         title = f"Loss of {folder.path.name}"
         plot_curves(trainer.state.log_history, folder.path, title, STAGES[recipe.run.stage].unit)
     if after:
-        answers = (folder.path / f"predictions_{when}.jsonl" for when in ("before", "after"))
+        answers = (folder.path / name for name in COMPARED_FILES.values())
         shown = comparisons(
             data.held_out,
             trainer.processing_class,
@@ -166,7 +166,7 @@ def compare(
     if not examples:
         return {}
     console.out(f"answering {len(examples)} held-out prompts {when} training", highlight=False)
-    path = folder.path / f"predictions_{when}.jsonl"
+    path = folder.path / COMPARED_FILES[when]
     found = answered(recipe, trainer.model, trainer.processing_class, examples, path, metric, console)
     return {key: value for key, value in found.items() if not key.startswith("predict_")}
 
@@ -248,7 +248,7 @@ def add_notes(trainer: Any, data: Prepared, folder: Run, said: list[str]) -> Non
     for note in found.notes:
         data.report.note(note)
         said.append(f"data: {note}")
-    folder.save_json("data_report.json", report_json(data))
+    folder.save_json(DATA_REPORT_FILE, report_json(data))
 
 
 # ---- look, score, answer, talk -----------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def chat(recipe: Recipe, system: str | None = None) -> None:
         model,
         tokenizer,
         system=system or system_prompt(recipe),
-        decoding=recipe.decoding,
+        decoding=decoding(recipe),
         chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
         console=console,
     )
@@ -330,7 +330,8 @@ def serve(recipe: Recipe, *, name: str, host: str = "127.0.0.1", port: int = 800
         name=name,
         host=host,
         port=port,
-        decoding=recipe.decoding,
+        decoding=decoding(recipe),
+        chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
         system=system or system_prompt(recipe),
         console=console,
     )

@@ -12,6 +12,7 @@ from rich.console import Console
 from tunesmith.data.report import Report
 from tunesmith.evaluate.predict import Comparison, before_after_table
 from tunesmith.recipe import Phases
+from tunesmith.runs import ALL_RESULTS_FILE, PREDICTIONS_FILE
 
 # Figures of the last lines: key, what it is called, how it is written.
 FIGURES = (
@@ -62,8 +63,8 @@ def show_results(
         lines.append(f"{kind + ':':12}{folder}")
     lines += [f"{'loss curve:':12}{folder / name}" for name in ("training_loss.png",) if (folder / name).is_file()]
     if phases.predict:
-        lines.append(f"{'answers:':12}{folder / 'generated_predictions.jsonl'}")
-    lines.append(f"{'figures:':12}{folder / 'all_results.json'}")
+        lines.append(f"{'answers:':12}{folder / PREDICTIONS_FILE}")
+    lines.append(f"{'figures:':12}{folder / ALL_RESULTS_FILE}")
     if phases.train:
         lines.append(f"{'next:':12}{own_command()} chat {folder}")
     for line in lines:
@@ -72,7 +73,7 @@ def show_results(
 
 def training_line(figures: Mapping[str, Any]) -> str:
     """Time, tokens and speed of the training."""
-    time, tokens = clock(figures["train_runtime"]), f"{figures['train_tokens']:,} tokens"
+    time, tokens = clock_text(figures["train_runtime"]), f"{figures['train_tokens']:,} tokens"
     speed = f"{figures['train_tokens_per_second']:,.0f} tokens/s"
     if step := figures.get("train_resumed_at_step"):
         return f"trained on from step {step} in {time}: {tokens} in all, {speed}"
@@ -99,7 +100,12 @@ def own_command() -> str:
     return "tunesmith" if shutil.which("tunesmith") else os.path.relpath(called)
 
 
-def clock(seconds: float) -> str:
-    """1:05 for 65 seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+def clock_text(seconds: float, hours: bool = False) -> str:
+    """Seconds as `m:ss`, or `h:mm:ss` from an hour on or when `hours` is set.
+
+    >>> clock_text(35), clock_text(3_725), clock_text(35, hours=True)
+    ('0:35', '1:02:05', '0:00:35')
+    """
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}" if hour or hours else f"{minute}:{second:02d}"
