@@ -221,7 +221,7 @@ def build_trainer(
     trainer = stage.trainer(
         model, args, train_dataset=data.train, eval_dataset=data.evaluation_sets, processing_class=tokenizer
     )
-    folder.save_json("training_args.json", args.to_dict())
+    folder.save_json("training_args.json", trainer.args.to_dict())
     add_notes(trainer, data, folder, said)
     tell([*said, *trainer.choices], folder, console)
     if args.predict_with_generate:
