@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tunesmith.data.report import Report
 from tunesmith.evaluate.predict import Comparison, before_after_table
+from tunesmith.model.value_head import has_head
 from tunesmith.recipe import Phases
 
 # Figures of the last lines: key, what it is called, how it is written.
@@ -65,7 +66,8 @@ def show_results(
         lines.append(f"{'answers:':12}{folder / 'generated_predictions.jsonl'}")
     lines.append(f"{'figures:':12}{folder / 'all_results.json'}")
     if phases.train:
-        lines.append(f"{'next:':12}{own_command()} chat {folder}")
+        use = f"eval {folder} --eval_dataset FILE" if has_head(folder) else f"chat {folder}"
+        lines.append(f"{'next:':12}{own_command()} {use}")
     for line in lines:
         console.out(line, highlight=False)
 
