@@ -125,7 +125,7 @@ def measure_recipe(options: argparse.Namespace, folder: str | None = None) -> di
     allocator.tune()  # as the command line does
     from tunesmith.data.cache import Cache
     from tunesmith.data.pack import pack
-    from tunesmith.data.prepare import encode_examples, read_examples
+    from tunesmith.data.prepare import encode_examples, normalized
     from tunesmith.data.report import Report
     from tunesmith.data.rows import Row
     from tunesmith.model.load import load_tokenizer
@@ -134,7 +134,7 @@ def measure_recipe(options: argparse.Namespace, folder: str | None = None) -> di
     rows = [Row(value, "alpaca.json", line) for line, value in enumerate(alpaca_rows(options), 1)]
     cache = Cache(Path(folder)) if folder else None
     stages = Stages()
-    examples = read_examples(rows, report)
+    examples = normalized(rows, report, format="alpaca")
     stages.ended("read")
     how = {"max_length": options.max_length, "too_long": "truncate"}
     tokens = encode_examples(examples, tokenizer, report, num_proc=options.num_proc, cache=cache, **how)

@@ -19,9 +19,9 @@ allocator.tune()  # as the command line does, before torch is imported
 
 from transformers import TrainerCallback  # noqa: E402
 
-from tunesmith.config import ModelFields  # noqa: E402
-from tunesmith.data.load import load_rows  # noqa: E402
-from tunesmith.data.prepare import encode_examples, read_examples  # noqa: E402
+from tunesmith.config import DataConfig, ModelFields  # noqa: E402
+from tunesmith.data.collect import collect  # noqa: E402
+from tunesmith.data.prepare import encode_examples  # noqa: E402
 from tunesmith.data.report import Report  # noqa: E402
 from tunesmith.model.adapt import adapt  # noqa: E402
 from tunesmith.model.load import load_model, load_tokenizer  # noqa: E402
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="rows per step")
     options = parser.parse_args()
     tokenizer = load_tokenizer(options.model)
-    examples = read_examples(load_rows(options.data, max_samples=400, report=Report()), Report())
+    examples = collect(DataConfig(dataset=str(options.data), max_samples=400)).train
     rows = encode_examples(examples, tokenizer, Report(), max_length=1024)
     model = adapt(load_model(options.model, dtype="float32"), ModelFields(adapter=options.mode))
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": FLOOR | {"allocator", "data", "model", "runs", "evaluate", "deliver"},
     "steps": FLOOR | {"data", "model", "recipe", "runs", "evaluate", "train", "deliver"},
     "workflow": FLOOR | {"model", "recipe", "runs", "resume", "evaluate", "train", "deliver", "steps"},
-    "cli": {"errors", "config", "recipe", "allocator", "workflow", "deliver"},
+    "cli": {"errors", "config", "recipe", "allocator", "runs", "workflow", "deliver"},
     "__main__": {"cli"},
     "__init__": set(),
     "trainer": set(),

@@ -62,7 +62,7 @@ def test_every_answer_is_json_that_the_message_supports(name):
 
 
 def test_the_data_stays_small():
-    assert sum(path.stat().st_size for path in DATA.iterdir()) < 200_000
+    assert sum(path.stat().st_size for path in DATA.iterdir()) < 400_000
 
 
 @pytest.mark.parametrize("difficulty", maker.DIFFICULTIES)

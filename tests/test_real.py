@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.real import FOLDER, needs_model, shared_data
-from tunesmith.data.load import load_rows
-from tunesmith.data.prepare import encode_examples, read_examples
+from tunesmith.config import DataConfig
+from tunesmith.data.collect import collect
+from tunesmith.data.prepare import encode_examples
 from tunesmith.data.report import Report
 from tunesmith.model.load import load_model, load_tokenizer
 from tunesmith.train.options import SFTConfig
@@ -26,7 +27,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def rows(tokenizer):
     report = Report()
-    examples = read_examples(load_rows(shared_data("alpaca_en_demo.json"), report=report), report)
+    examples = collect(DataConfig(dataset=str(shared_data("alpaca_en_demo.json")))).train
     return encode_examples(examples, tokenizer, report, max_length=1024)
 
 

@@ -20,6 +20,7 @@ from typer.core import TyperCommand
 
 from tunesmith import __version__
 from tunesmith.errors import TunesmithError
+from tunesmith.runs import PREDICTIONS_FILE, STATUS_FILE
 
 app = typer.Typer(
     name="tunesmith",
@@ -124,7 +125,7 @@ def crash_file(error: BaseException, door: Door) -> Path:
     A file in a folder that holds no run would bar the next start from it: a run wants an empty one.
     """
     run = Path(door.output_dir).expanduser() if door.output_dir else None
-    path = run / "crash.txt" if run and (run / "status.json").is_file() else Path("tunesmith-crash.txt")
+    path = run / "crash.txt" if run and (run / STATUS_FILE).is_file() else Path("tunesmith-crash.txt")
     path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     return path
 
@@ -227,7 +228,7 @@ def evaluate(ctx: typer.Context, model: RunOrModel, show_traceback: Traceback = 
 def predict(
     ctx: typer.Context,
     model: RunOrModel,
-    output: Annotated[Path, typer.Option(help="File for the answers")] = Path("generated_predictions.jsonl"),
+    output: Annotated[Path, typer.Option(help="File for the answers")] = Path(PREDICTIONS_FILE),
     show_traceback: Traceback = False,
 ) -> None:
     """Answer every held-out prompt: tunesmith predict runs/mine --eval_dataset heldout.jsonl."""
@@ -267,7 +268,7 @@ def serve(
 ) -> None:
     """Answer over HTTP as OpenAI's API does, with a chat page: tunesmith serve runs/mine."""
     with errors_reported(show_traceback):
-        from tunesmith.deliver.access import require_server
+        from tunesmith.deliver.web.access import require_server
         from tunesmith.recipe import load_for_model
 
         require_server("serve")  # before a model is loaded for nothing
@@ -287,7 +288,7 @@ def studio(
     with errors_reported(show_traceback):
         from functools import partial
 
-        from tunesmith.deliver.studio import studio as open_studio
+        from tunesmith.deliver.web.studio import studio as open_studio
         from tunesmith.recipe import load_recipe
 
         open_studio(folder, load=partial(load_recipe, task="train"), host=host, port=port)

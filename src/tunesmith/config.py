@@ -61,7 +61,16 @@ def described(cls: type) -> type:
 
 
 @dataclass
-class RunConfig:
+class RewardFields:
+    """What a recipe of stage rm and `RewardConfig` say alike."""
+
+    reward_loss: Literal["last_token", "span"] = "last_token"
+    """Rewards that the loss of stage rm compares: `last_token` those that become the scores; `span` those of all
+    positions from where two answers begin to differ, as LLaMA-Efficient-Tuning did."""
+
+
+@dataclass
+class RunConfig(RewardFields):
     """What the run does around the training itself."""
 
     stage: Literal["pt", "sft", "rm"] = "sft"
@@ -74,9 +83,6 @@ class RunConfig:
     """Draw `training_loss.png` when training ends, and `training_eval_loss.png` where there were evaluations."""
     compare_rows: Annotated[int, Ge(0)] = 0
     """Held-out rows answered before and after training, shown side by side with `metrics`. 0: none."""
-    reward_loss: Literal["span", "last_token"] = "span"
-    """Rewards that the loss of stage rm compares: `span` those of all positions from where two answers begin to
-    differ, `last_token` only those that become the scores."""
     metrics: str | list[str] | None = None
     """Names in `METRICS` or `file.py:function`, several as a list or comma-separated, computed over written answers.
     `None`: `exact_match` for compared rows, BLEU-4 and ROUGE (`bleu_rouge`) with `predict_with_generate`."""
@@ -208,8 +214,8 @@ class DataConfig:
     max_drop_ratio: Annotated[float, Ge(0), Le(1)] = 0.05
     """Stop before training when more than this share of the rows would be dropped."""
     data_cache_dir: str | None = None
-    """Folder of tokenized data (sets of 2,000 rows or more), used again while rows, tokenizer, template and options are
-    the same. `None`: `$TUNESMITH_CACHE/data`, else the user's cache folder; `off`: none."""
+    """Folder of tokenized data (sets of 2,000 rows or more), used again while rows, tokenizer, template and options
+    are the same. `None`: `$TUNESMITH_CACHE/data`, else the user's cache folder; `off`: none."""
     overwrite_cache: bool = False
     """Tokenize anew where `data_cache_dir` holds the same data."""
 

@@ -1,13 +1,11 @@
 """Where a run begins: in a new folder, or at the checkpoint that an earlier, unfinished run left in its own."""
 
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 from tunesmith.errors import CheckpointError
-from tunesmith.runs import prepare_output_dir, read_status, refuse_if_going
+from tunesmith.runs import checkpoints, prepare_output_dir, read_status, refuse_if_going
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 LAST = ("true", "last", "auto")  # words of resume_from_checkpoint for the newest one in output_dir
 
 
@@ -53,10 +51,8 @@ def was_cut_short(folder: Path) -> bool:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in a run directory; dates play no part."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    steps = {int(match[1]): path for path in found if (match := CHECKPOINT.fullmatch(path.name)) and is_whole(path)}
-    return steps[max(steps)] if steps else None
+    """The checkpoint of the highest step that was written whole."""
+    return next((path for path in reversed(checkpoints(folder).values()) if is_whole(path)), None)
 
 
 def named_checkpoint(name: str) -> Path:

@@ -4,6 +4,10 @@
     status.json     where the run stands, replaced whole (see `Run.write_status`)
     metrics.jsonl   one line per log of the trainer
     events.jsonl    one line per thing worth telling
+    data_report.json                       what became of every row
+    train_results.json, eval_..., predict_..., all_results.json      figures of each phase, and of all
+    generated_predictions.jsonl            answers; predictions_before.jsonl and ..._after.jsonl, samples.jsonl
+    trainer_log.jsonl, training_loss.png   the log with times, and the curves
 
 Whole files are staged, synced and renamed, so a reader never sees half of one; lines are appended and flushed. Secrets
 are never written (`redact`). Nothing here imports torch: `tunesmith status` and the studio read with it.
@@ -32,12 +36,18 @@ STATUS_FILE = "status.json"
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 ALL_RESULTS_FILE = "all_results.json"
+TRAINER_LOG_FILE = "trainer_log.jsonl"
+DATA_REPORT_FILE = "data_report.json"
+PREDICTIONS_FILE = "generated_predictions.jsonl"
+COMPARED_FILES = {when: f"predictions_{when}.jsonl" for when in ("before", "after")}
+SAMPLES_FILE = "samples.jsonl"
 RECIPE_FILE = "recipe.yaml"
 # What a run has written when its training begins.
 BEFORE_TRAINING = {
-    *(STATUS_FILE, EVENTS_FILE, RECIPE_FILE, "crash.txt", "data_report.json", "training_args.json"),
+    *(STATUS_FILE, EVENTS_FILE, RECIPE_FILE, "crash.txt", DATA_REPORT_FILE, "training_args.json"),
     "finetuning_args.json",
 }
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 RECIPE_HEADER = "# Written by tunesmith: every option of this run as it was resolved.\n"
 
 
@@ -117,8 +127,7 @@ def _describe(path: Path, found: list[str]) -> str:
     parts = [str(status["state"])] if status.get("state") else []
     if status.get("step") is not None:
         parts.append(f"step {status['step']} of {status.get('total_steps', '?')}")
-    steps = sorted(int(name[11:]) for name in found if re.fullmatch(r"checkpoint-\d+", name))
-    if steps:
+    if steps := list(checkpoints(path)):
         parts.append(f"{len(steps)} checkpoint{'s' if len(steps) > 1 else ''}, the last at step {steps[-1]}")
     return "holds another run" + (f" ({', '.join(parts)})" if parts else "")
 
@@ -329,6 +338,13 @@ def read_status(path: str | Path) -> dict[str, Any] | None:
     if status and status.get("state") in ("preparing", "running") and _process_exists(status) is False:
         return status | {"state": "failed", "reason": f"process {status.get('pid')} is gone; it was killed or crashed"}
     return status
+
+
+def checkpoints(path: str | Path) -> dict[int, Path]:
+    """Step → checkpoint folder of a run, by step; dates play no part."""
+    path = Path(path)
+    found = path.iterdir() if path.is_dir() else ()
+    return dict(sorted((int(match[1]), entry) for entry in found if (match := CHECKPOINT.fullmatch(entry.name))))
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -17,15 +17,15 @@ from tunesmith import __version__
 from tunesmith.config import TrainingFields
 from tunesmith.deliver.chat import chat as talk
 from tunesmith.deliver.merge import merge
-from tunesmith.deliver.serve import serve as serve_model
 from tunesmith.deliver.summary import show_answers, show_reports, show_results
+from tunesmith.deliver.web.serve import serve as serve_model
 from tunesmith.errors import ConfigError
-from tunesmith.evaluate.predict import PREDICTIONS_FILE, comparisons, prefixed
+from tunesmith.evaluate.predict import comparisons, prefixed
 from tunesmith.model.capabilities import bf16_is_faster
 from tunesmith.model.saved import save_arguments
 from tunesmith.recipe import Recipe, load_recipe, phases
 from tunesmith.resume import begin
-from tunesmith.runs import Run
+from tunesmith.runs import COMPARED_FILES, DATA_REPORT_FILE, PREDICTIONS_FILE, Run
 from tunesmith.steps.answers import answered, written_metric
 from tunesmith.steps.data import Prepared, check_data, prepare_data, report_json, show_data
 from tunesmith.steps.model import tokenizer_of, trainable_model, usable_model
@@ -75,7 +75,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         tell([*recipe.notes, *going_on], folder, console)
         tokenizer = tokenizer_of(recipe, lambda line: tell([line], folder, console))
         data = prepare_data(recipe, tokenizer)
-        folder.save_json("data_report.json", report_json(data))
+        folder.save_json(DATA_REPORT_FILE, report_json(data))
         check_data(recipe, data)
         show_data(data, tokenizer, console)
         metric = written_metric(recipe, data)
@@ -129,7 +129,7 @@ def run_training(
         title = f"Loss of {folder.path.name}"
         plot_curves(trainer.state.log_history, folder.path, title, STAGES[recipe.run.stage].unit)
     if after:
-        answers = (folder.path / f"predictions_{when}.jsonl" for when in ("before", "after"))
+        answers = (folder.path / name for name in COMPARED_FILES.values())
         shown = comparisons(
             data.held_out,
             trainer.processing_class,
@@ -161,7 +161,7 @@ def compare(
     if not examples:
         return {}
     console.out(f"answering {len(examples)} held-out prompts {when} training", highlight=False)
-    path = folder.path / f"predictions_{when}.jsonl"
+    path = folder.path / COMPARED_FILES[when]
     found = answered(recipe, trainer.model, trainer.processing_class, examples, path, metric, console)
     return {key: value for key, value in found.items() if not key.startswith("predict_")}
 
@@ -238,7 +238,7 @@ def add_notes(trainer: Any, data: Prepared, folder: Run, said: list[str]) -> Non
     for note in found.notes:
         data.report.note(note)
         said.append(f"data: {note}")
-    folder.save_json("data_report.json", report_json(data))
+    folder.save_json(DATA_REPORT_FILE, report_json(data))
 
 
 # ---- look, score, answer, talk -----------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def chat(recipe: Recipe, system: str | None = None) -> None:
         model,
         tokenizer,
         system=system or system_prompt(recipe),
-        decoding=recipe.decoding,
+        decoding=decoding(recipe),
         chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
         console=console,
     )
@@ -354,7 +354,8 @@ def serve(recipe: Recipe, *, name: str, host: str = "127.0.0.1", port: int = 800
         name=name,
         host=host,
         port=port,
-        decoding=recipe.decoding,
+        decoding=decoding(recipe),
+        chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
         system=system or system_prompt(recipe),
         console=console,
     )

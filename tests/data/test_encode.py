@@ -6,11 +6,12 @@ import pytest
 
 from tests import tiny
 from tests.real import shared_data
+from tunesmith.config import DataConfig
 from tunesmith.data import IGNORE_INDEX, parallel
+from tunesmith.data.collect import collect
 from tunesmith.data.encode import Encoding, encode_batch
-from tunesmith.data.load import load_rows
 from tunesmith.data.parallel import encode_batches, num_workers
-from tunesmith.data.prepare import as_dataset, encode_examples, read_examples
+from tunesmith.data.prepare import as_dataset, encode_examples
 from tunesmith.data.report import Report
 from tunesmith.errors import DataError, TemplateError
 
@@ -75,8 +76,8 @@ def test_workers_start_only_where_rows_and_cores_pay_for_them(monkeypatch, byte_
 
 # workflow: P8
 def test_the_first_chinese_row_ends_with_a_trained_stop_token_and_its_prompt_is_masked():
-    rows = load_rows(shared_data("alpaca_zh_demo.json"), report=Report())
-    check_llama_like(read_examples(rows, Report())[:1])
+    options = DataConfig(dataset=str(shared_data("alpaca_zh_demo.json")), max_samples=1)
+    check_llama_like(collect(options).train)
 
 
 # workflow: P8

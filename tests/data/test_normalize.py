@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.data.examples import ALPACA, CALL, HELLO, HI, SYSTEM, example, messages, rows
+from tests.data.files import load
 from tunesmith.data.detect import detect_format
-from tunesmith.data.load import load_rows
 from tunesmith.data.normalize import count_duplicates, find_overlap, normalize
-from tunesmith.data.report import Report
 from tunesmith.data.rows import RowError
 from tunesmith.errors import ConfigError
 
@@ -318,7 +317,7 @@ def test_duplicates_and_overlap_are_counted_wherever_rows_came_from():
 def test_real_datasets_normalize_without_errors(name, format, num_rows):
     if not (REAL / name).is_file():
         pytest.skip(f"{name} is not in ../shared/data")
-    found = load_rows(REAL / name, report=Report())
+    found = load(REAL / name)
     assert detect_format(found) == format
     examples = [normalize(row, format) for row in found]
     assert len(examples) == num_rows

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.registries import alpaca, asked, gather, make_file, make_registry
-from tunesmith.data.registry import Source, entry_source, find_sources, list_names, read_entries, read_registry
+from tunesmith.data.registry import Source, entry_source, find_sources, list_names, read_entries
 from tunesmith.errors import ConfigError, DataError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -206,11 +206,11 @@ def test_a_registry_that_is_none_is_named(tmp_path, content, message):
         sources(tmp_path, "a")
 
 
-def test_a_broken_entry_does_not_keep_another_from_being_read(tmp_path, caplog):
+def test_a_broken_entry_does_not_keep_another_from_being_read(tmp_path):
     make_registry(tmp_path, good=FILE, bad={"fil_name": "a.json"})
     assert sources(tmp_path, "good")[0].place == os.path.join(tmp_path, "a.json")
-    assert list(read_registry(tmp_path)) == ["good"]
-    assert "unknown key 'fil_name'. Did you mean 'file_name'?" in caplog.text
+    with pytest.raises(ConfigError, match=r"unknown key 'fil_name'\. Did you mean 'file_name'\?"):
+        sources(tmp_path, "bad")
 
 
 # Safety
@@ -360,10 +360,12 @@ def test_a_real_registry_is_read_whole_and_what_is_here_loads():
         pytest.skip("dataset_info.json is not in ../shared/data")
     entries = read_entries(REAL)
     assert len(entries) == 104
-    unreadable = entries.keys() - read_registry(REAL).keys()
-    assert all(
-        json.dumps(entries[name]).count("hub_url") == 1 and "ms_hub_url" in entries[name] for name in unreadable
-    )
+    for name, entry in entries.items():
+        if "ms_hub_url" in entry and json.dumps(entry).count("hub_url") == 1:
+            with pytest.raises(ConfigError, match="ms_hub_url is not read"):
+                entry_source(name, entry, REAL)
+        else:
+            assert entry_source(name, entry, REAL).place
     stages = {"identity": "sft", "alpaca_en_demo": "sft", "alpaca_zh_demo": "sft", "glaive_toolcall_en_demo": "sft"}
     stages |= {"dpo_en_demo": "rm", "c4_demo": "pt", "wiki_demo": "pt"}
     sizes = {name: len(gather(REAL, name, stage=stage).train) for name, stage in stages.items()}

@@ -18,11 +18,12 @@ httpx = pytest.importorskip("httpx", reason="starlette's test client needs httpx
 
 from starlette.testclient import TestClient
 
-from tunesmith.deliver import access, answer
-from tunesmith.deliver import serve as serving
+from tunesmith.deliver import answer
 from tunesmith.deliver.answer import Writer, Written
-from tunesmith.deliver.api import create_api
-from tunesmith.deliver.web import BODY_LIMIT, PAGES
+from tunesmith.deliver.web import access
+from tunesmith.deliver.web import serve as serving
+from tunesmith.deliver.web.api import create_api
+from tunesmith.deliver.web.app import BODY_LIMIT, PAGES
 from tunesmith.errors import ConfigError
 from tunesmith.evaluate.generate import encode_prompt, generate_texts
 
@@ -114,6 +115,14 @@ def test_a_seed_repeats_a_sampled_answer_and_without_a_temperature_nothing_is_sa
     one, again, other = (ask(client, temperature=2.0, seed=seed) for seed in (3, 3, 4))
     assert text_of(one) == text_of(again) != text_of(other)
     assert text_of(ask(client)) == text_of(ask(client, temperature=1e-9)) == text_of(ask(client, top_p=1, seed=8))
+
+
+def test_the_template_s_variables_hold_unless_a_request_brings_its_own(tiny_model, byte_tokenizer):
+    template = "{{ mood | default('none') }}: {{ messages[-1].content }}"
+    writer = Writer(tiny_model, byte_tokenizer, chat_template=template, chat_template_kwargs={"mood": "calm"})
+    asked = [{"role": "user", "content": "a"}]
+    assert byte_tokenizer.decode(writer.encode(asked)) == "calm: a"
+    assert byte_tokenizer.decode(writer.encode(asked, chat_template_kwargs={"mood": "glad"})) == "glad: a"
 
 
 def test_a_stop_text_ends_the_answer_even_where_it_lies_across_tokens(client, monkeypatch):

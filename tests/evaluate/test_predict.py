@@ -129,9 +129,11 @@ def test_a_long_prompt_is_cut_at_the_end_of_what_was_asked(tiny_model, byte_toke
     assert "1 of 2 prompts were cut to 64 tokens" in caplog.text
 
 
-def test_a_cut_shorter_than_the_templates_own_end_takes_the_first_tokens(byte_tokenizer):
+# workflow: P5
+def test_a_prompt_is_cut_as_in_training_or_refused(byte_tokenizer):
     question = ask(chat("hello", "1"), byte_tokenizer)
-    assert cut_question(question, byte_tokenizer, 3).prompt.input_ids == question.prompt.input_ids[:3]
+    with pytest.raises(DataError, match="max_source_length: 3 leaves no room for the 13 tokens"):
+        cut_question(question, byte_tokenizer, 3)
     byte_tokenizer.chat_template = None
     plain = ask({"prompt": "hello", "completion": "x"}, byte_tokenizer)
     assert cut_question(plain, byte_tokenizer, 3).prompt.text == "hel"

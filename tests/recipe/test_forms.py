@@ -128,7 +128,7 @@ def values_of(annotation: Any) -> st.SearchStrategy:
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_option_is_the_same_in_every_form(data):
-    name = data.draw(st.sampled_from(sorted(OPTIONS)))
+    name = data.draw(st.sampled_from(sorted(OPTIONS.keys() - {"trust_remote_code"})))  # which no file may say
     value = data.draw(values_of(OPTIONS[name].annotation), name)
     found = in_every_form({**NEEDED, name: value}, task="chat")  # contradictions are for those that train
     assert all(recipe == found[0] for recipe in found)

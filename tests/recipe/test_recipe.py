@@ -18,7 +18,8 @@ def test_all_problems_stand_in_one_report_in_file_order(recipe_file):
         "  recipe.yaml:3: unknown key 'learnin_rate'. Did you mean 'learning_rate'?",
         "  recipe.yaml:4: lora_r: expected a whole number, got 'eight'.",
         "  recipe.yaml:5: lora_dropout: expected a number of at least 0 and at most 1, got 1.5.",
-        "  recipe.yaml:6: packing_strategy: expected one of bfd, bfd_split, wrapped, got 'bfdd'. Did you mean 'bfd'?",
+        "  recipe.yaml:6: packing_strategy: expected one of bfd, bfd_split, wrapped, blocks, got 'bfdd'. "
+        "Did you mean 'bfd'?",
         "  --lora_alpha: expected a whole number of at least 1, got 0.",
         "  unknown flag '--sed'. Did you mean 'seed'?",
     ]

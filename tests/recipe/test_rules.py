@@ -25,6 +25,7 @@ BROKEN = [
     ({"stage": "pt", "train_on": "last_turn"}, "train_on: last_turn has no effect with stage: pt"),
     ({"stage": "rm", "packing": True}, "stage: rm compares them in pairs"),
     ({"stage": "rm", "loss_type": "dft"}, "loss_type: dft has no effect with stage: rm"),
+    ({"reward_loss": "span"}, "reward_loss: span has no effect with stage: sft"),
     ({"bf16": True, "fp16": True}, "bf16 and fp16 cannot both be true"),
     ({"fp16": True, "use_cpu": True}, "a CPU does not multiply in float16"),
     ({"packing": True, "train_sampling_strategy": "group_by_length"}, "nothing to group"),

@@ -234,7 +234,7 @@ def test_a_preference_is_learned_and_holds_for_prompts_never_seen(tmp_path):
         tmp_path,
         rows=POLITE,
         eval_dataset=unseen,
-        num_train_epochs=10,
+        num_train_epochs=25,
         per_device_train_batch_size=4,
         peft_config=LORA,
     )

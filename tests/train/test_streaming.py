@@ -11,12 +11,13 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, get_worker_info
 
 from tests import tiny
+from tunesmith.data.mix import shuffled_stream
 from tunesmith.data.report import Report
 from tunesmith.data.rows import Row, RowError
 from tunesmith.errors import DataError
 from tunesmith.train.datasets import prepared, prepared_mixture
 from tunesmith.train.reading import Preparation
-from tunesmith.train.streaming import MixedStream, PackedStream, TokenStream, growing_batches, shuffled
+from tunesmith.train.streaming import MixedStream, PackedStream, TokenStream, growing_batches
 
 EOS = 257
 TEXTS = [f"text {i:03}" + "." * (i % 7) for i in range(120)]
@@ -174,7 +175,7 @@ def test_a_stream_is_shuffled_by_seed_and_epoch_if_asked():
     assert sorted(first) == sorted(TEXTS)
     stream.set_epoch(1)
     assert texts_of(stream) != first
-    assert sorted(shuffled(iter(range(5000)), random.Random(0))) == list(range(5000))
+    assert sorted(shuffled_stream(iter(range(5000)), 1000, random.Random(0))) == list(range(5000))
 
 
 # trainer: M1

@@ -4,9 +4,8 @@ import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from tunesmith.data.readers import READERS
 from tunesmith.data.report import Report, visible
@@ -19,33 +18,6 @@ EXTENSIONS = "File extension must be txt, csv, json or jsonl, or parquet or arro
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def load_rows(
-    source: str | Path | Sequence[str | Path],
-    *,
-    split: str = "train",
-    max_samples: int | None = None,
-    on_bad_row: Literal["error", "skip"] = "error",
-    report: Report,
-) -> list[Row]:
-    """Read every row of a file, a folder of files, a Hub dataset, or a list of these, joined in order.
-
-    Args:
-        source: file (json, jsonl, csv, parquet, arrow, txt), folder of files of one type, Hub id `owner/name`, or
-            a list.
-        split: split of a Hub dataset; files have none.
-        max_samples: at most this many good rows from each entry of `source`; a folder is one entry.
-        on_bad_row: raise at the first row that cannot be read, or count it in `report` and go on.
-        report: counts the rows read and those left out.
-
-    Raises: DataError for a source that is absent, empty or not readable; RowError for a row, unless skipped.
-    """
-    rows: list[Row] = []
-    for name in [source] if isinstance(source, (str, Path)) else source:
-        items = _read_source(str(name), split, report)
-        rows += islice(good_rows(items, on_bad_row, report), max_samples)
-    return rows
-
-
 def good_rows(items: Iterable[Row | RowError], on_bad_row: str, report: Report) -> Iterator[Row]:
     """The rows, counted as they pass; what could not be read raises, or is counted as dropped."""
     for item in items:
@@ -56,13 +28,6 @@ def good_rows(items: Iterable[Row | RowError], on_bad_row: str, report: Report) 
             report.dropped(item.reason, item, str(item))
         else:
             yield item
-
-
-def _read_source(name: str, split: str, report: Report) -> Iterator[Row | RowError]:
-    path = os.path.expanduser(name)
-    if looks_like_hub_id(name) and not os.path.exists(path):
-        return read_hub(name, split)
-    return read_files(data_files(path, report, name))
 
 
 def data_files(path: str, report: Report, name: str = "") -> list[str]:

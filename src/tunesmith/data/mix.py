@@ -2,8 +2,9 @@
 
 import math
 import numbers
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 import numpy as np
@@ -80,6 +81,8 @@ def mix_streams(
     shares: np.ndarray | None,
     *seed: int,
     stop: Stop = "first",
+    names: Sequence[str] = (),
+    skip_empty: bool = False,
 ) -> Iterator[Item]:
     """Items of several streams as `plan_mixture` would lay them out, read one ahead.
 
@@ -88,6 +91,10 @@ def mix_streams(
         shares: how often each is drawn, adding up to 1. `None`: one after another.
         seed: numbers that the draws depend on, such as a seed and an epoch.
         stop: as in `plan_mixture`.
+        names: what an error calls the parts.
+        skip_empty: a part without any item is passed over, where with `stop="first"` it would end the mixture.
+
+    Raises: DataError for a part that has to begin again and gives nothing.
     """
     if shares is None:
         for begin in parts:
@@ -98,7 +105,7 @@ def mix_streams(
     ahead = {index: item for index, item in firsts.items() if item is not None}
     ended: set[int] = set()
     for index in chain.from_iterable(array.tolist() for array in draws(shares, *seed)):
-        if not ahead or (stop == "first" and len(ahead) < len(rest)):
+        if not ahead or (stop == "first" and len(ahead) < len(rest) and not skip_empty):
             return
         if index not in ahead:
             continue
@@ -111,10 +118,22 @@ def mix_streams(
             rest[index] = parts[index]()
             ahead[index] = next(rest[index], None)
             if ahead[index] is None:
+                name = names[index] if names else f"stream {index + 1} of {len(parts)}"
                 raise DataError(
-                    f"stream {index + 1} of {len(parts)} gave rows once and none when it was read again, as a "
-                    "generator does. Give one that can be read several times, or end with the first."
+                    f"{name} gave rows once and none when it was read again, as a generator does. Give a stream that "
+                    "can be read several times, or end with the first (mixture_stop)."
                 )
+
+
+def shuffled_stream(items: Iterator[Item], size: int, generator: random.Random) -> Iterator[Item]:
+    """Items in an order drawn from the next `size` of them; each comes once."""
+    held: Sequence[Item] = list(islice(items, size))
+    for item in items:
+        index = generator.randrange(len(held))
+        yield held[index]
+        held[index] = item
+    generator.shuffle(held)
+    yield from held
 
 
 def shares_of(weights: Mapping | Sequence[float], names: Sequence) -> np.ndarray:

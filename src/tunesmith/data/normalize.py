@@ -93,7 +93,7 @@ def normalize(
     """Read one row as `format` says, check it, and note where it came from.
 
     Args:
-        row: what `load_rows` gave.
+        row: as `data.sources` reads it.
         format: name in `FORMATS`, or `file.py:function` whose function takes the row's dict and returns an Example.
         columns: our column name → the row's.
         system_prompt: system turn for a conversation that has none; texts and string prompts are no conversations.

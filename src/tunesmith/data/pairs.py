@@ -16,11 +16,11 @@ from tunesmith.data.chat_template import place_of
 from tunesmith.data.formats import kind_of
 from tunesmith.data.normalize import check_turns
 from tunesmith.data.prepare import batched
-from tunesmith.data.render import Rendered, drop_oldest_turns, render, render_prompt
+from tunesmith.data.render import Rendered, drop_oldest_turns, render
 from tunesmith.data.report import Report
 from tunesmith.data.rows import Row, RowError
-from tunesmith.data.spans import PROBE
 from tunesmith.data.tokenize import Tokens, tokenize
+from tunesmith.data.turn_limits import cut_prompt, header_length
 from tunesmith.errors import DataError, TemplateError
 
 if TYPE_CHECKING:
@@ -119,7 +119,11 @@ def encode_pair_batch(
     """The pairs that can be trained on, in their order; `examples` with their numbers."""
     pairs = []
     for index, example, sides in _tokenized(examples, tokenizer, how, report):
-        pair = fit_pair(index, example, sides, tokenizer, how, report)
+        try:
+            pair = fit_pair(index, example, sides, tokenizer, how, report)
+        except RowError as error:
+            _refused(error, example, how, report)
+            continue
         if pair is not None:
             pairs.append(pair)
             report.add_tokens(token_rows(pair))
@@ -224,35 +228,19 @@ def _limited(
     for ids, length in sides:
         prompt, answer = ids[:length], ids[length:][: how.max_target_length]
         if how.max_source_length is not None and length > how.max_source_length:
-            header = header_length(example, tokenizer, how)
-            if header > how.max_source_length:
-                raise DataError(
-                    f"max_source_length: {how.max_source_length} leaves no room for the {header} tokens that the chat "
-                    f"template writes between a message and its answer. Set it to more than {header}."
-                )
-            prompt = prompt[: how.max_source_length - header] + prompt[length - header :]
+            prompt = cut_prompt(prompt, how.max_source_length, _header_length(example, tokenizer, how))
         found.append(Side(prompt + answer, len(prompt)))
     cut = any(len(new.ids) < len(old.ids) for new, old in zip(found, sides))
     return (found[0], found[1]), "cut" if cut else ""
 
 
-def header_length(example: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", how: PairEncoding) -> int:
-    """Tokens that the template writes between the last message of the prompt and the answer; a cut prompt keeps them.
-
-    Found by writing another message there. 0 for texts, and where the header depends on what the message says.
-    """
+def _header_length(example: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", how: PairEncoding) -> int:
+    """What a cut prompt keeps at its end; nothing where prompt and answers are texts."""
     chosen = apart(example, how)[0]
-    prompt, options = chosen["prompt"], {key: chosen.get(key) for key in ("tools", "chat_template_kwargs")}
-    if isinstance(prompt, str):
+    if isinstance(chosen["prompt"], str):
         return 0
-    text = render_prompt(prompt, tokenizer, **options).text
-    probe = render_prompt([*prompt[:-1], {**prompt[-1], "content": PROBE}], tokenizer, **options).text
-    header = probe.rpartition(PROBE)[2]
-    if not text.endswith(header):
-        return 0
-    whole, before = (Rendered(part, []) for part in (text, text.removesuffix(header)))
-    whole, before = (len(tokens["input_ids"]) for tokens in tokenize([whole, before], tokenizer))
-    return whole - before
+    options = {key: chosen.get(key) for key in ("tools", "chat_template_kwargs")}
+    return header_length(chosen["prompt"], tokenizer, place_of(example), **options)
 
 
 def _shortened(

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import datasets
 
 from tunesmith.data.cache import Cache, key_of
-from tunesmith.data.detect import describe_format, detect_format
 from tunesmith.data.encode import Encoding
-from tunesmith.data.normalize import Example, count_duplicates, normalize
+from tunesmith.data.normalize import Example, normalize
 from tunesmith.data.pack import dataset_of
 from tunesmith.data.parallel import encode_batches, num_workers
 from tunesmith.data.report import Report
@@ -27,33 +26,6 @@ TOKEN_TYPES = {
     "weights": datasets.List(datasets.Value("float32")),
 }
 Item = TypeVar("Item")
-
-
-def read_examples(
-    rows: Sequence[Row],
-    report: Report,
-    *,
-    format: str | None = None,
-    columns: dict[str, str] | None = None,
-    system_prompt: str | None = None,
-    on_bad_row: str = "error",
-    stage: str = "sft",
-) -> list[Example]:
-    """Rows as Examples, in the given or detected format.
-
-    Args:
-        report: rows that are skipped (`on_bad_row="skip"`), the format and duplicates are noted there.
-
-    Raises: DataError for rows of no known format; RowError for a row that does not fit, unless skipped.
-    """
-    if not rows:
-        return []
-    format = format or detect_format(rows, columns, stage=stage)
-    report.note(describe_format(format, rows[0], columns))
-    options = {"format": format, "columns": columns, "system_prompt": system_prompt, "on_bad_row": on_bad_row}
-    examples = normalized(rows, report, stage=stage, **options)
-    note_duplicates(report, count_duplicates(examples), len(examples))
-    return examples
 
 
 def normalized(

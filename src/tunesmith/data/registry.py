@@ -176,17 +176,6 @@ def _unregistered(name: str, entries: Mapping[str, Any], dataset_dir: str | Path
 # The registry ------------------------------------------------------------------------------------------------------
 
 
-def read_registry(dataset_dir: str | Path, split: str = "train") -> dict[str, Source]:
-    """Every entry of the registry that can be read, by name; those that cannot are logged, and raise when named."""
-    sources = {}
-    for name, entry in read_entries(dataset_dir).items():
-        try:
-            sources[name] = entry_source(name, entry, dataset_dir, split)
-        except ConfigError as error:
-            logger.warning("%s", error)
-    return sources
-
-
 def read_entries(dataset_dir: str | Path) -> dict[str, Any]:
     """The registry as it is written; empty where there is none.
 

@@ -7,11 +7,10 @@ No more than the buffer is held. A pass depends on the seed and the epoch alone,
 
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import numpy as np
@@ -19,7 +18,7 @@ from datasets.iterable_dataset import ExamplesIterable
 
 from tunesmith.config import DataConfig
 from tunesmith.data.collect import STOPS, collect, mixture_weights, set_names, sources_of
-from tunesmith.data.mix import mix_streams
+from tunesmith.data.mix import mix_streams, shuffled_stream
 from tunesmith.data.normalize import Example
 from tunesmith.data.registry import Source
 from tunesmith.data.report import Report, place
@@ -30,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 LISTED = 1000  # dropped rows of each source that the report names
 FINISHED = "tunesmith.data.stream:finished"
-Item = TypeVar("Item")
 Key = tuple[int, int]  # source, number of its example
 
 
@@ -126,7 +124,7 @@ class Passes:
         parts = [partial(self._part, index) for index in range(len(self.sources))]
         stop = STOPS.get(self.options.mix_strategy, "first")
         mixed = mix_streams(parts, self.shares, self.seed, epoch, stop=stop)
-        return shuffled(mixed, self.options.buffer_size, random.Random(f"{self.seed} {epoch}"))
+        return shuffled_stream(mixed, self.options.buffer_size, random.Random(f"{self.seed} {epoch}"))
 
     def hold_out(self, number: int) -> dict[str, list[Example]]:
         """The first `number` examples of the first pass, which no pass gives from now on.
@@ -197,14 +195,3 @@ class Passes:
                 logger.warning("%s is dropped (%s: %s); more are counted", where, problem.reason, problem.detail)
         if len(counted.drops) > LISTED:
             counted.add(Report(), limit=LISTED)
-
-
-def shuffled(items: Iterator[Item], size: int, generator: random.Random) -> Iterator[Item]:
-    """Items in an order drawn from the next `size` of them; each comes once."""
-    held: Sequence[Item] = list(islice(items, size))
-    for item in items:
-        index = generator.randrange(len(held))
-        yield held[index]
-        held[index] = item
-    generator.shuffle(held)
-    yield from held

@@ -1,4 +1,4 @@
-"""Token ids → an answer, told as it is written; one at a time, first come first served.
+"""Token ids → an answer, told as it is written, in the terminal or over HTTP; there first come, first served.
 
 A model on one device answers one prompt about as fast as its weights can be read, so requests wait in line; that way
 the text of two of them cannot mix, and a seed gives the same answer whatever else is asked.
@@ -58,6 +58,7 @@ class Writer:
         tokenizer: read, not changed.
         decoding: what holds where a request says nothing. Beam search is left out: it cannot tell while it writes.
         chat_template: Jinja text used in place of the tokenizer's own.
+        chat_template_kwargs: variables of the template; a request's own win.
     """
 
     def __init__(
@@ -66,18 +67,14 @@ class Writer:
         tokenizer: "PreTrainedTokenizerBase",
         decoding: DecodingConfig | Mapping[str, Any] | None = None,
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.chat_template = model, tokenizer, chat_template
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.decoding = decoding_options(decoding) | {"num_beams": 1}
         self.stop_ids = stop_token_ids(model, tokenizer, chat_template)
         self.pad_id = padding_id(tokenizer, self.stop_ids)
         self.tokenizer_lock = Lock()  # fast tokenizers refuse to encode and decode at once ("Already borrowed")
-
-    @property
-    def context_length(self) -> int | None:
-        """Tokens that prompt and answer may have together; None where the model does not say."""
-        config = self.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None)
 
     def encode(
         self,
@@ -86,16 +83,17 @@ class Writer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The conversation as training shows it before its next answer. Raises: as `encode_prompt`."""
-        kwargs = {"chat_template": self.chat_template, "chat_template_kwargs": chat_template_kwargs}
+        kwargs = {**self.chat_template_kwargs, **(chat_template_kwargs or {})}
+        how = {"chat_template": self.chat_template, "chat_template_kwargs": kwargs or None}
         with self.tokenizer_lock:
-            return encode_prompt(self.tokenizer, messages, tools, **kwargs).input_ids
+            return encode_prompt(self.tokenizer, messages, tools, **how).input_ids
 
     def encode_text(self, text: str) -> list[int]:
         """A text to be continued, as plain-text training begins one."""
         with self.tokenizer_lock:
             return encode_rendered(self.tokenizer, Rendered(text, [], add_bos=True)).input_ids
 
-    def write(self, asked: Asked, say: Callable[[str], None], stopped: Callable[[], bool]) -> Written:
+    def write(self, asked: Asked, say: Callable[[str], None], stopped: Callable[[], bool] = lambda: False) -> Written:
         """Answer; `say` gets each piece of text as it is written, `stopped` is asked after each token."""
         if stopped():
             return Written(0, "stop")

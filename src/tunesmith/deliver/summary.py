@@ -13,6 +13,7 @@ from tunesmith.data.report import Report
 from tunesmith.evaluate.predict import Comparison, before_after_table
 from tunesmith.model.value_head import has_head
 from tunesmith.recipe import Phases
+from tunesmith.runs import ALL_RESULTS_FILE, PREDICTIONS_FILE
 
 # Figures of the last lines: key, what it is called, how it is written.
 FIGURES = (
@@ -63,8 +64,8 @@ def show_results(
         lines.append(f"{kind + ':':12}{folder}")
     lines += [f"{'loss curve:':12}{folder / name}" for name in ("training_loss.png",) if (folder / name).is_file()]
     if phases.predict:
-        lines.append(f"{'answers:':12}{folder / 'generated_predictions.jsonl'}")
-    lines.append(f"{'figures:':12}{folder / 'all_results.json'}")
+        lines.append(f"{'answers:':12}{folder / PREDICTIONS_FILE}")
+    lines.append(f"{'figures:':12}{folder / ALL_RESULTS_FILE}")
     if phases.train:
         use = f"eval {folder} --eval_dataset FILE" if has_head(folder) else f"chat {folder}"
         lines.append(f"{'next:':12}{own_command()} {use}")
@@ -75,7 +76,7 @@ def show_results(
 def training_line(figures: Mapping[str, Any]) -> str:
     """Time, tokens and speed of the training."""
     seconds, tokens = figures["train_runtime"], figures["train_tokens"]
-    return f"trained in {clock(seconds)}: {tokens:,} tokens, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
+    return f"trained in {clock_text(seconds)}: {tokens:,} tokens, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
 
 
 def figure_lines(figures: Mapping[str, Any], phase: str, sets: Sequence[str]) -> list[str]:
@@ -98,7 +99,12 @@ def own_command() -> str:
     return "tunesmith" if shutil.which("tunesmith") else os.path.relpath(called)
 
 
-def clock(seconds: float) -> str:
-    """1:05 for 65 seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+def clock_text(seconds: float, hours: bool = False) -> str:
+    """Seconds as `m:ss`, or `h:mm:ss` from an hour on or when `hours` is set.
+
+    >>> clock_text(35), clock_text(3_725), clock_text(35, hours=True)
+    ('0:35', '1:02:05', '0:00:35')
+    """
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}" if hour or hours else f"{minute}:{second:02d}"

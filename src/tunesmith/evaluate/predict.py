@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PREDICTIONS_FILE = "generated_predictions.jsonl"
-
 
 class Comparison(NamedTuple):
     """One held-out prompt answered twice."""

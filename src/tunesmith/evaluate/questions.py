@@ -9,6 +9,7 @@ from tunesmith.data import IGNORE_INDEX
 from tunesmith.data.chat_template import place_of
 from tunesmith.data.render import Rendered, for_template, render
 from tunesmith.data.tokenize import tokenize
+from tunesmith.data.turn_limits import cut_prompt, header_length
 from tunesmith.errors import DataError
 from tunesmith.evaluate.generate import Prompt, encode_prompt, encode_rendered
 
@@ -27,6 +28,10 @@ class Question(NamedTuple):
     """None where the example has no answer."""
     asked: str
     """What a person wrote last, for tables."""
+    messages: Sequence[Mapping[str, Any]] = ()
+    """What the prompt was rendered from; none where it is a text as it stands."""
+    options: Mapping[str, Any] = {}
+    """How it was rendered: arguments of `render_prompt`."""
 
 
 def ask(
@@ -90,10 +95,11 @@ def _ask_messages(
         place for place, message in enumerate(plain) if message["role"] == "assistant" and place >= (first or 0)
     ]
     end = answers[-1] if answers else len(plain)
-    prompt = encode_prompt(tokenizer, plain[:end], chat_template=chat_template, where=where, **beside)
+    options = {"chat_template": chat_template, "where": where, **beside}
+    prompt = encode_prompt(tokenizer, plain[:end], **options)
     label = _label(plain[: end + 1], beside, tokenizer, chat_template) if answers else None
     asked = [message for message in plain[:end] if message["role"] != "assistant"]
-    return Question(prompt, label, _content(asked[-1]) if asked else prompt.text)
+    return Question(prompt, label, _content(asked[-1]) if asked else prompt.text, plain[:end], options)
 
 
 def _label(
@@ -158,15 +164,13 @@ def fitted(
 
 
 def cut_question(question: Question, tokenizer: "PreTrainedTokenizerBase", length: int) -> Question:
-    """The question cut at the end of what was asked last; what the template writes behind that stays.
+    """The question with its prompt cut as training cuts it: what the template writes behind the last message stays.
 
     LLaMA-Factory cuts the prompt's last tokens, and with them the header that tells the model to answer.
+
+    Raises: RowError, DataError as `header_length` and `cut_prompt`.
     """
-    text, ids = question.prompt
-    end = text.rfind(question.asked.strip()) + len(question.asked.strip())
-    tail = tokenizer(text[end:], add_special_tokens=False)["input_ids"] if question.asked.strip() else []
-    if len(tail) >= length or ids[len(ids) - len(tail) :] != tail:
-        tail = []
-    kept = [*ids[: length - len(tail)], *tail]
+    header = header_length(question.messages, tokenizer, **question.options) if question.messages else 0
+    kept = cut_prompt(question.prompt.input_ids, length, header)
     shown = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return question._replace(prompt=Prompt(shown, kept))

@@ -225,6 +225,8 @@ def check_trainable(model: nn.Module) -> None:
             "a 4- or 8-bit model has no weights that could be trained. Train an adapter on it "
             "(peft_config=LoraConfig(...), in a recipe adapter: lora), or load it without load_in_4bit, load_in_8bit."
         )
+    if not trained:
+        raise ModelError("no parameter of the model is trainable. Set requires_grad, or give a peft_config.")
 
 
 def train_new_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, peft_config: Any) -> list[str]:

@@ -1,6 +1,10 @@
 """recipe.yaml and flags → `Recipe`: every wrong key, wrong value and contradiction in one report, with file and line.
 
-    file, Python keywords, flags ── read ──► Given ── names ──► coerce ──► settle ──► rules ──► Recipe
+    file, Python keywords, flags ─ read ─► Given ─ names ─► coerce ─► settle ─► rules ─► Recipe
+
+    names     keys of other programs and years: llamafactory, transformers4; each has a fate (fates)
+    coerce    what an option takes: schema
+    rules     what contradicts itself or is missing; phases: which parts of a run are asked for
 
 A later layer wins: flags over keywords over the file. Relative `dataset` paths are taken from the current directory,
 and from the recipe's folder where the current directory has no such file.

@@ -131,6 +131,11 @@ CONTRADICTIONS = [
         "loss_type: {loss_type} has no effect with stage: rm, which has a loss of its own. Remove it.",
     ),
     Rule(
+        ("stage", "reward_loss"),
+        lambda v, given: v["stage"] != "rm" and differs("reward_loss", given),
+        "reward_loss: {reward_loss} has no effect with stage: {stage}, which compares no answers. Remove it.",
+    ),
+    Rule(
         ("bf16", "fp16"),
         lambda v, given: v["bf16"] and v["fp16"],
         "bf16 and fp16 cannot both be true. Keep one.",

@@ -15,12 +15,11 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tunesmith.deliver.summary import clock_text
 from tunesmith.evaluate.generate import generate_texts
-from tunesmith.evaluate.predict import ask
-from tunesmith.runs import Run, append_line, write_text
+from tunesmith.evaluate.questions import ask
+from tunesmith.runs import SAMPLES_FILE, TRAINER_LOG_FILE, Run, append_line, write_text
 
-TRAINER_LOG_FILE = "trainer_log.jsonl"
-SAMPLES_FILE = "samples.jsonl"
 STATUS_SECONDS = 1.0  # status.json is synced to disk: not more often than a page reads it
 
 
@@ -365,17 +364,6 @@ def progress_line(step: int, total_steps: int, logs: Mapping[str, Any], pace: Pa
     if remaining and step < total_steps:
         parts.append(f"{clock_text(remaining)} left")
     return " · ".join(parts)
-
-
-def clock_text(seconds: float, hours: bool = False) -> str:
-    """Seconds as `m:ss`, or `h:mm:ss` from an hour on or when `hours` is set.
-
-    >>> clock_text(35), clock_text(3_725), clock_text(35, hours=True)
-    ('0:35', '1:02:05', '0:00:35')
-    """
-    minutes, second = divmod(max(0, round(seconds)), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02d}:{second:02d}" if hour or hours else f"{minute}:{second:02d}"
 
 
 def forget_steps_after(step: int, path: Path) -> None:

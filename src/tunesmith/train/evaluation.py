@@ -125,24 +125,28 @@ class EvaluatingTrainer(TokenTrainer):
 
     def _sum(self, dataloader: DataLoader) -> int:
         """Run all batches, and count rows; nothing waits for the device."""
-        model = self.model_wrapped
-        if not self.is_in_train and not self.accelerator._models:
-            model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        model.eval()
-        self.callback_handler.eval_dataloader = dataloader
         batches = 0
-        for inputs in dataloader:
-            inputs = self._prepare_inputs(inputs)
+        for model, inputs in self._evaluated(dataloader):
             if self.has_own_loss:
                 self._add_own(model, inputs)
             else:
                 with torch.no_grad(), self._attention(inputs), self.compute_loss_context_manager():
                     found, _ = self._token_loss(model, inputs, metrics=True)
                 self._add(found, inputs)
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             batches += 1
         rows = dataloader.dataset
         return len(rows) if has_length(rows) else batches * self.args.eval_batch_size * self.args.world_size
+
+    def _evaluated(self, dataloader: DataLoader) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+        """Each batch on the device, with the model in evaluation mode; callbacks hear of each that is done."""
+        model = self.model_wrapped
+        if not self.is_in_train and not self.accelerator._models:
+            model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        for inputs in dataloader:
+            yield model, self._prepare_inputs(inputs)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
     def _add(self, found: Any, inputs: dict[str, Any]) -> None:
         count = loss_request(inputs).targets.numel()

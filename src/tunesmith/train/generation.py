@@ -29,12 +29,13 @@ from tunesmith.evaluate.generate import (
     stop_token_ids,
 )
 from tunesmith.evaluate.metrics import Metric, checked_figures, exact_match
-from tunesmith.evaluate.predict import PREDICTIONS_FILE, json_line, prefixed
+from tunesmith.evaluate.predict import json_line, prefixed
 from tunesmith.evaluate.ranks import gathered, rank_and_world
 from tunesmith.lookup import did_you_mean
-from tunesmith.runs import write_text
+from tunesmith.runs import PREDICTIONS_FILE, write_text
 from tunesmith.train.collate import split_documents
 from tunesmith.train.evaluation import EvaluatingTrainer
+from tunesmith.train.loaders import RankShares
 from tunesmith.train.processing import tokenizer_in
 
 
@@ -302,7 +303,9 @@ def asked(input_ids: Sequence[int], labels: Sequence[int]) -> tuple[list[int], l
 
 
 def whole_dataset(dataset: Any) -> Any:
-    """All rows of a stream, of which accelerate lets each process see its share."""
+    """All rows of a stream, of which each process is otherwise shown its share."""
+    if isinstance(dataset, RankShares):
+        return dataset.rows
     return dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset
 
 

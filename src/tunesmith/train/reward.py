@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import numpy as np
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from tunesmith import allocator
-from tunesmith.config import described
+from tunesmith.config import RewardFields, described
 from tunesmith.data.pairs import SIDES, encode_pairs, first_difference, preference, side_of
 from tunesmith.data.prepare import batched
 from tunesmith.data.render import render
@@ -25,13 +25,13 @@ from tunesmith.data.report import Report
 from tunesmith.data.rows import RowError
 from tunesmith.data.tokenize import tokenize
 from tunesmith.errors import CheckpointError, ConfigError, DataError
-from tunesmith.model.adapt import check_trainable, count_parameters
+from tunesmith.model.adapt import check_trainable, trainable_line
 from tunesmith.model.attention import attention_configs
 from tunesmith.model.capabilities import Support, probe_model
 from tunesmith.model.load import check_vocabulary
 from tunesmith.model.lora import save_plain_lora
 from tunesmith.model.value_head import RewardModel, ValueHead, has_head, read_head
-from tunesmith.runs import write_text
+from tunesmith.runs import PREDICTIONS_FILE, write_text
 from tunesmith.train.arguments import check_ids, num_embeddings
 from tunesmith.train.choose import choose_checkpointing, settled
 from tunesmith.train.collate import FlatCollator, PaddedCollator
@@ -48,19 +48,14 @@ from tunesmith.train.trainable import adapted, named_model
 
 logger = logging.getLogger(__name__)
 
-PREDICTIONS_FILE = "generated_predictions.jsonl"
 READ_DATASET_KWARGS = ("on_bad_row",)
 
 
 @explains_keywords
 @described
 @dataclass
-class RewardConfig(SFTConfig):
+class RewardConfig(RewardFields, SFTConfig):
     """All options of `RewardTrainer`: those of `SFTConfig`, and which rewards the loss compares."""
-
-    reward_loss: Literal["last_token", "span"] = "last_token"
-    """Rewards that the loss of stage rm compares: `last_token` those that become the scores; `span` those of all
-    positions from where two answers begin to differ, as LLaMA-Efficient-Tuning did."""
 
     def __post_init__(self):
         check_reward_loss(self.reward_loss)
@@ -188,10 +183,7 @@ class RewardTrainer(EvaluatingTrainer):
             f"batches: {said}; chosen and rejected answers in one" + f" ({support.why})" * bool(support.why)
         )
         if self.train_dataset is not None:
-            trained, total = count_parameters(self.model)
-            self.choices.append(
-                f"trained parameters: {trained:,} of {total:,} ({trained / total:.2%}), the value head's included"
-            )
+            self.choices.append(f"{trainable_line(self.model)} (the value head's included)")
         return support
 
     # ---- batches -----------------------------------------------------------------------------------------------
@@ -284,19 +276,12 @@ class RewardTrainer(EvaluatingTrainer):
 
     def _scored(self, dataloader: DataLoader) -> tuple[float, np.ndarray]:
         """Summed loss, and scores (pairs, 2) of all processes in the order of the dataset."""
-        model = self.model_wrapped
-        if not self.is_in_train and not self.accelerator._models:
-            model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        model.eval()
-        self.callback_handler.eval_dataloader = dataloader
         losses, scores = self._no_sums()[:1], []
-        for inputs in dataloader:
-            inputs = self._prepare_inputs(inputs)
+        for model, inputs in self._evaluated(dataloader):
             with torch.no_grad(), self._attention(inputs), self.compute_loss_context_manager():
                 found = pair_loss(model(**self._model_inputs(inputs)), inputs)
             losses += found.loss
             scores.append(torch.stack([found.chosen, found.rejected], dim=1))
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         mine = [batch.tolist() for batch in scores]
         ranks = gather_object([mine]) if self.args.world_size > 1 else [mine]
         rows = [row for parts in zip(*ranks) for part in parts for row in part]  # a batch is shared out rank by rank

@@ -14,8 +14,8 @@ from tunesmith import allocator
 from tunesmith.data import IGNORE_INDEX
 from tunesmith.data.report import Report
 from tunesmith.deliver.card import tag_model
-from tunesmith.errors import ConfigError, ModelError
-from tunesmith.model.adapt import check_trainable, count_parameters, upcast_trainable
+from tunesmith.errors import ConfigError
+from tunesmith.model.adapt import check_trainable, trainable_line, upcast_trainable
 from tunesmith.model.attention import attention_configs
 from tunesmith.model.capabilities import Support, probe_model
 from tunesmith.model.liger import apply_liger, check_liger, liger_options
@@ -235,11 +235,8 @@ class SFTTrainer(GeneratingTrainer):
             "padded": "padded",
         }[support.layout]
         self.choices.append(f"batches: {said}" + (f" ({support.why})" if support.why else ""))
-        trained, total = count_parameters(self.model)
         if self.train_dataset is not None:
-            self.choices.append(f"trained parameters: {trained:,} of {total:,} ({trained / total:.2%})")
-        if self.train_dataset is not None and trained == 0:
-            raise ModelError("no parameter of the model is trainable. Set requires_grad, or give a peft_config.")
+            self.choices.append(trainable_line(self.model))
         return support
 
     def _asked(self, support: Support) -> Support:

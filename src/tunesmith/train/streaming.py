@@ -8,6 +8,7 @@ import random
 import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -16,13 +17,12 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from tunesmith.data.encode import encode_batch
-from tunesmith.data.mix import draws
+from tunesmith.data.mix import mix_streams, shuffled_stream
 from tunesmith.data.pack import TOKEN_COLUMNS, pack
 from tunesmith.data.prepare import as_dataset
 from tunesmith.data.report import Problem, Report, place
 from tunesmith.data.rows import Row
 from tunesmith.data.tokenize import Tokens
-from tunesmith.errors import DataError
 from tunesmith.train.reading import Preparation, Reader, check_report, numbered
 from tunesmith.train.ready import fitted
 
@@ -86,7 +86,7 @@ class TokenStream(Stream):
             self.source.set_epoch(epoch)
         rows = rows_of_worker(self.name, self.source)
         if self.how.shuffle:
-            rows = shuffled(rows, random.Random(f"{self.how.seed} {epoch}"))
+            rows = shuffled_stream(rows, SHUFFLED_ROWS, random.Random(f"{self.how.seed} {epoch}"))
         first = next(rows, None)
         if first is not None:
             rows = chain([first], rows)
@@ -202,17 +202,6 @@ def count_characters(value: Any) -> int:
     return sum(map(count_characters, items))
 
 
-def shuffled(rows: Iterator[Row], generator: random.Random) -> Iterator[Row]:
-    """Rows in an order drawn from those held; each comes once."""
-    held = list(islice(rows, SHUFFLED_ROWS))
-    for row in rows:
-        index = generator.randrange(len(held))
-        yield held[index]
-        held[index] = row
-    generator.shuffle(held)
-    yield from held
-
-
 # Mixing and packing ------------------------------------------------------------------------------------------------
 
 
@@ -225,32 +214,10 @@ class MixedStream(Stream):
 
     def one_pass(self, epoch: int) -> Iterator[dict[str, Any]]:
         """Rows of the parts until the first, or the last of them ends; parts that ended begin again until then."""
-        if self.shares is None:
-            for part in self.parts:
-                yield from part.one_pass(epoch)
-            return
-        rest = {index: self.parts[index].one_pass(epoch) for index in np.flatnonzero(self.shares).tolist()}
-        firsts = {index: next(rows, None) for index, rows in rest.items()}
-        ahead = {index: row for index, row in firsts.items() if row is not None}  # a worker's share may be empty
-        ended: set[int] = set()
-        for index in chain.from_iterable(array.tolist() for array in draws(self.shares, self.seed, epoch)):
-            if not ahead:
-                return
-            if index not in ahead:
-                continue
-            yield ahead[index]
-            ahead[index] = next(rest[index], None)
-            if ahead[index] is None:
-                ended.add(index)
-                if self.stop == "first" or len(ended) == len(ahead):
-                    return
-                rest[index] = self.parts[index].one_pass(epoch)
-                ahead[index] = next(rest[index], None)
-                if ahead[index] is None:
-                    raise DataError(
-                        f"{self.parts[index].name} gave rows once and none when it was read again, as a generator "
-                        "does. Give a stream that can be read several times, or set mixture_stop to 'first'."
-                    )
+        passes = [partial(part.one_pass, epoch) for part in self.parts]
+        names = [part.name for part in self.parts]
+        # a worker's share may be empty
+        yield from mix_streams(passes, self.shares, self.seed, epoch, stop=self.stop, names=names, skip_empty=True)
 
 
 class PackedStream(Stream):

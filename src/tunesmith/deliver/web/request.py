@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from tunesmith.data.formats import kind_of
 from tunesmith.data.normalize import OWN_ARGUMENTS, ROLES
 from tunesmith.data.report import visible
-from tunesmith.deliver.access import Refused
+from tunesmith.deliver.web.access import Refused
 from tunesmith.lookup import did_you_mean
 
 CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -14,9 +14,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tunesmith.data.report import visible
-from tunesmith.deliver import launch, run_folder
-from tunesmith.deliver.access import ASGIApp, Refused
-from tunesmith.deliver.web import guarded, json_body, page_routes
+from tunesmith.deliver.web import launch, run_folder
+from tunesmith.deliver.web.access import ASGIApp, Refused
+from tunesmith.deliver.web.app import guarded, json_body, page_routes
 from tunesmith.errors import ConfigError
 
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")

@@ -14,10 +14,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tunesmith.deliver.access import ASGIApp, Refused
 from tunesmith.deliver.answer import Asked, Line, Writer, Written
-from tunesmith.deliver.api_request import Question, read_question
-from tunesmith.deliver.web import failure, guarded, json_body, page_routes
+from tunesmith.deliver.web.access import ASGIApp, Refused
+from tunesmith.deliver.web.app import failure, guarded, json_body, page_routes
+from tunesmith.deliver.web.request import Question, read_question
+from tunesmith.evaluate.generate import context_length
 
 MAX_WAITING = 32
 SECONDS_BETWEEN_LOOKS = 0.2  # how soon a client that left is noticed
@@ -110,7 +111,7 @@ class Api:
         if not ids:
             raise Refused(400, "The prompt has no tokens, so there is nothing to answer. Give it some text.")
         decoding = self.writer.decoding | question.decoding
-        limit = self.writer.context_length
+        limit = context_length(self.writer.model)
         if limit is not None and len(ids) >= limit:
             raise Refused(
                 400,

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tunesmith.deliver.access import access_token, address, listen, require_server, run_app
+from tunesmith.deliver.web.access import access_token, address, listen, require_server, run_app
 from tunesmith.errors import ConfigError
 
 
@@ -33,7 +33,7 @@ def studio(
     Raises: ConfigError where the extra `studio` is not installed, the folder is a file, or the port is taken.
     """
     require_server("studio")
-    from tunesmith.deliver.board import create_board
+    from tunesmith.deliver.web.board import create_board
 
     folder, console = Path(folder).expanduser(), console or Console()
     if folder.exists() and not folder.is_dir():

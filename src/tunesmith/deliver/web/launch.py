@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar
 
-from tunesmith.deliver.access import TOKEN_VARIABLE
+from tunesmith.deliver.web.access import TOKEN_VARIABLE
 from tunesmith.errors import ConfigError
 from tunesmith.runs import read_status, to_json, write_text
 

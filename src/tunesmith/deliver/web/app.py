@@ -14,7 +14,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from tunesmith.data.report import visible
-from tunesmith.deliver.access import ASGIApp, Guard, Refused
+from tunesmith.deliver.web.access import ASGIApp, Guard, Refused
 from tunesmith.errors import TunesmithError
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.report import visible
-from tunesmith.deliver.launch import Start, read_start
-from tunesmith.runs import EVENTS_FILE, METRICS_FILE, RECIPE_FILE, STATUS_FILE, read_metrics, read_status
+from tunesmith.deliver.web.launch import Start, read_start
+from tunesmith.runs import (
+    ALL_RESULTS_FILE,
+    COMPARED_FILES,
+    DATA_REPORT_FILE,
+    EVENTS_FILE,
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    RECIPE_FILE,
+    SAMPLES_FILE,
+    STATUS_FILE,
+    TRAINER_LOG_FILE,
+    checkpoints,
+    read_metrics,
+    read_status,
+)
 
-TRAINER_LOG_FILE = "trainer_log.jsonl"
 SIGNS = (STATUS_FILE, METRICS_FILE, TRAINER_LOG_FILE)
 FIGURES = ("step", "total_steps", "loss", "eval_loss", "tokens_per_second", "eta_seconds", "started", "updated")
 GOING = ("starting", "preparing", "running")
@@ -101,11 +114,11 @@ def details(run_id: str, path: Path) -> dict[str, Any]:
     return {
         **summary(run_id, path),
         "folder": str(path),
-        "results": _json(path / "all_results.json", path),
+        "results": _json(path / ALL_RESULTS_FILE, path),
         "data": data_report(path),
         "answers": answers(path),
-        "samples": json_lines(path / "samples.jsonl", path, last=MAX_ROWS),
-        "checkpoints": _checkpoints(path),
+        "samples": json_lines(path / SAMPLES_FILE, path, last=MAX_ROWS),
+        "checkpoints": [entry.name for entry in checkpoints(path).values()],
         "events": json_lines(path / EVENTS_FILE, path, last=MAX_EVENTS),
         "recipe": read_text(path / RECIPE_FILE, path),
         "card": read_text(path / "README.md", path),
@@ -115,7 +128,7 @@ def details(run_id: str, path: Path) -> dict[str, Any]:
 
 def data_report(path: Path) -> Any:
     """data_report.json with no more rows than a page can show."""
-    report = _json(path / "data_report.json", path)
+    report = _json(path / DATA_REPORT_FILE, path)
     for part in report.values() if isinstance(report, dict) else ():
         for key in ("dropped_rows", "changed_rows"):
             if isinstance(part, dict) and isinstance(part.get(key), list):
@@ -125,10 +138,9 @@ def data_report(path: Path) -> Any:
 
 def answers(path: Path) -> list[dict[str, Any]]:
     """Held-out prompts with the expected text and what the model wrote: before and after training, or only after."""
-    before = json_lines(path / "predictions_before.jsonl", path, first=MAX_ROWS)
-    after = json_lines(path / "predictions_after.jsonl", path, first=MAX_ROWS)
+    before, after = (json_lines(path / name, path, first=MAX_ROWS) for name in COMPARED_FILES.values())
     if not after:
-        before, after = [], json_lines(path / "generated_predictions.jsonl", path, first=MAX_ROWS)
+        before, after = [], json_lines(path / PREDICTIONS_FILE, path, first=MAX_ROWS)
     rows = []
     for place, row in enumerate(after):
         shown = {"prompt": row.get("prompt"), "expected": row.get("label"), "after": row.get("predict")}
@@ -136,14 +148,6 @@ def answers(path: Path) -> list[dict[str, Any]]:
             shown["before"] = before[place].get("predict")
         rows.append({key: value if isinstance(value, str) else None for key, value in shown.items()})
     return rows
-
-
-def _checkpoints(path: Path) -> list[str]:
-    try:
-        names = [entry.name for entry in path.iterdir() if re.fullmatch(r"checkpoint-\d+", entry.name)]
-    except OSError:
-        return []
-    return sorted(names, key=lambda name: int(name.partition("-")[2]))
 
 
 # ---------------------------------------------------------------------------------------------------- the curve

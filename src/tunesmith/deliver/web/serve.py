@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from tunesmith.config import DecodingConfig
-from tunesmith.deliver.access import access_token, address, listen, require_server, run_app
 from tunesmith.deliver.answer import Writer
+from tunesmith.deliver.web.access import access_token, address, listen, require_server, run_app
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +22,7 @@ def serve(
     port: int = 8000,
     decoding: DecodingConfig | Mapping[str, Any] | None = None,
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     system: str | None = None,
     token: str | None = None,
     console: Console | None = None,
@@ -38,6 +39,7 @@ def serve(
         port: 0 takes a free one.
         decoding: see `DecodingConfig`; what holds where a request says nothing.
         chat_template: Jinja text used in place of the tokenizer's own.
+        chat_template_kwargs: variables of the template; a request's own win.
         system: system message of conversations that bring none.
         token: what every request must carry. None: TUNESMITH_TOKEN; else none on a loopback host, and on another one
             a new one, printed once.
@@ -46,10 +48,10 @@ def serve(
     Raises: ConfigError where the extra `serve` is not installed, the port is taken, or the token is unusable.
     """
     require_server("serve")
-    from tunesmith.deliver.api import create_api
+    from tunesmith.deliver.web.api import create_api
 
     token = access_token(host, token)
-    writer = Writer(model, tokenizer, decoding, chat_template)
+    writer = Writer(model, tokenizer, decoding, chat_template, chat_template_kwargs)
     listener = listen(host, port)
     show_addresses(console or Console(), name, host, listener.getsockname()[1], token)
     run_app(create_api(writer, name=name, system=system, token=token), listener)
