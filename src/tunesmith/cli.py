@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typer.core import TyperCommand
 
 from tunesmith import __version__
 from tunesmith.errors import TunesmithError
+from tunesmith.ranks import is_first_process
 from tunesmith.runs import PREDICTIONS_FILE, STATUS_FILE
 
 app = typer.Typer(
@@ -31,6 +33,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+WAIT_FOR_FIRST = 10.0  # seconds; torchrun ends all processes within one, once the first has failed
 
 # --option value is not declared word by word: recipe/ reads it, with the names and types of config.py
 ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -93,6 +97,8 @@ class Door:
 def errors_reported(show_traceback: bool) -> Iterator[Door]:
     """Turn what a command raises into a sentence on stderr and an exit code; nothing is swallowed."""
     door = Door(show_traceback)
+    for name in ("accelerate", "bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # hints of theirs, some of which come on import
     try:
         yield door
     except (typer.Exit, typer.Abort, SystemExit):
@@ -102,7 +108,16 @@ def errors_reported(show_traceback: bool) -> Iterator[Door]:
 
 
 def report(error: BaseException, door: Door) -> int:
-    """Say what went wrong on stderr. Returns: the exit code."""
+    """Say what went wrong on stderr. Returns: the exit code.
+
+    What stops one of several processes mostly stops them all, so it is said by the first; another speaks up where
+    the first did not end it meanwhile.
+    """
+    if not is_first_process():
+        if isinstance(error, KeyboardInterrupt):
+            return 130
+        time.sleep(WAIT_FOR_FIRST)
+        typer.echo(f"Process {os.environ['RANK']} alone failed:", err=True)
     if isinstance(error, BrokenPipeError):  # `tunesmith ... | head`: the reader left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -151,6 +166,9 @@ def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    if not is_first_process():  # which says it for all
+        logging.getLogger("tunesmith").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
     warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 

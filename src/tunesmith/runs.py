@@ -189,10 +189,15 @@ class Run:
 
     def write_status(self, state: State, reason: str | None = None, **figures: Any) -> None:
         """Replace status.json. Figures stay until they are given again: step, total_steps, loss, eta_seconds, ..."""
-        self._status |= {"state": state, "reason": reason, "updated": _now(), **figures}
+        self.note(**figures)
+        self._status |= {"state": state, "reason": reason, "updated": _now()}
         if state not in ("preparing", "running"):
             self._status.pop("eta_seconds", None)
         self.save_json(STATUS_FILE, self._status)
+
+    def note(self, **figures: Any) -> None:
+        """Remember figures for the next status."""
+        self._status |= figures
 
     def log_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl. Times are left out, so that a repeated run can be compared by its loss."""
@@ -228,11 +233,16 @@ class Run:
 
     def save_recipe(self, options: Mapping[str, Any]) -> Path:
         """Write the resolved recipe in the order given, as `recipe.yaml`."""
-        body = yaml.safe_dump(redact(_plain(options)), sort_keys=False, allow_unicode=True, width=119)
+        body = yaml.safe_dump(as_saved(options), sort_keys=False, allow_unicode=True, width=119)
         return self._write(RECIPE_FILE, RECIPE_HEADER + body)
 
     def _write(self, name: str, text: str) -> Path:
         return write_text(self.path / name, text) if self.writes else self.path / name
+
+
+def as_saved(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as `recipe.yaml` holds them."""
+    return redact(_plain(options))
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -347,9 +357,18 @@ def checkpoints(path: str | Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), entry) for entry in found if (match := CHECKPOINT.fullmatch(entry.name))))
 
 
+def read_recipe(path: str | Path) -> dict[str, Any] | None:
+    """The options in a run's recipe.yaml, or None where there is none that can be read."""
+    try:
+        found = yaml.safe_load((Path(path) / RECIPE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in order. Where a resumed run went over the same steps again, the later line counts;
-    a line that a crash cut short is left out.
+    """The lines of metrics.jsonl in order. Where a resumed run went over the same steps again, the later line counts,
+    and so it does where a step is evaluated twice; a line that a crash cut short is left out.
     """
     rows: list[dict[str, Any]] = []
     try:
@@ -363,21 +382,20 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             continue
         if not isinstance(row, dict):
             continue
-        step = row.get("step")
-        if step is not None and _goes_back(row, rows):
-            rows = [earlier for earlier in rows if earlier.get("step", step) < step]
+        if "step" in row:
+            _forget_what_is_said_anew(row, rows)
         rows.append(row)
     return rows
 
 
-def _goes_back(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
-    """Whether `row` is of a step before the last, or says again what an earlier row of its own step said."""
-    for earlier in reversed(rows):
-        if earlier.get("step", row["step"]) != row["step"]:
-            return earlier["step"] > row["step"]
-        if earlier.keys() == row.keys():
-            return True
-    return False
+def _forget_what_is_said_anew(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Take out earlier rows of steps after that of `row`, and the one of its step that has the same figures."""
+    kept = []
+    while rows and rows[-1].get("step", row["step"]) >= row["step"]:
+        earlier = rows.pop()
+        if "step" not in earlier or (earlier["step"] == row["step"] and earlier.keys() != row.keys()):
+            kept.append(earlier)
+    rows += reversed(kept)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

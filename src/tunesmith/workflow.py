@@ -23,11 +23,13 @@ from tunesmith.errors import ConfigError
 from tunesmith.evaluate.predict import comparisons, prefixed
 from tunesmith.model.capabilities import bf16_is_faster
 from tunesmith.model.saved import save_arguments
+from tunesmith.ranks import first_decides, is_first_process, join_processes
 from tunesmith.recipe import Recipe, load_recipe, phases
-from tunesmith.resume import begin
+from tunesmith.resume import Beginning, begin, is_complete, repeatable
 from tunesmith.runs import COMPARED_FILES, DATA_REPORT_FILE, PREDICTIONS_FILE, Run
 from tunesmith.steps.answers import answered, written_metric
-from tunesmith.steps.data import Prepared, check_data, prepare_data, report_json, show_data
+from tunesmith.steps.data import Prepared, after_stream, check_data, prepare_data, report_json, show_data
+from tunesmith.steps.figures import training_figures
 from tunesmith.steps.model import tokenizer_of, trainable_model, usable_model
 from tunesmith.steps.options import (
     STAGES,
@@ -41,7 +43,6 @@ from tunesmith.steps.options import (
 )
 from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, SampleCallback, use_progress
 from tunesmith.train.curves import plot_curves
-from tunesmith.train.ranks import first_decides, is_first_process
 from tunesmith.train.reward import RewardTrainer
 from tunesmith.train.sft import SFTTrainer
 
@@ -65,12 +66,15 @@ def run(recipe: Any = None, **overrides: Any) -> dict[str, float]:
 
 def train(recipe: Recipe) -> dict[str, float]:
     """Train, evaluate, predict: the phases that the recipe names; `output_dir` holds everything afterwards."""
-    console = Console(quiet=not is_first_process())
+    console = own_console(recipe)
     todo = phases(recipe)
-    folder, checkpoint = open_run(recipe)
+    folder, checkpoint, complete = open_run(recipe)
+    if complete:
+        console.out(f"{folder.path} is complete: {checkpoint.name} is after its last step. Nothing was done.")
+        return folder.results()
     with recorded(folder):
         if todo.train:
-            folder.save_recipe(saved_options(recipe))
+            folder.save_recipe(repeatable(saved_options(recipe)))
         going_on = [f"resume: going on from {checkpoint}"] if checkpoint is not None else []
         tell([*recipe.notes, *going_on], folder, console)
         tokenizer = tokenizer_of(recipe, lambda line: tell([line], folder, console))
@@ -89,27 +93,36 @@ def train(recipe: Recipe) -> dict[str, float]:
         return finish(recipe, data, folder, console)
 
 
-def open_run(recipe: Recipe) -> tuple[Run, Path | None]:
-    """The run directory, and the checkpoint that training goes on from.
+def own_console(recipe: Recipe) -> Console:
+    """Where to print: nowhere on all processes but the first, which have met then."""
+    join_processes(uses_cpu(recipe))
+    return Console(quiet=not is_first_process())
+
+
+def open_run(recipe: Recipe) -> tuple[Run, Path | None, bool]:
+    """The run directory, the checkpoint that training goes on from, and whether all has been done already.
 
     Evaluation and prediction alone put their files beside what the folder holds.
     """
     output_dir = recipe.training.get("output_dir") or TrainingFields.output_dir
     if not phases(recipe).train:
         Path(output_dir).expanduser().mkdir(parents=True, exist_ok=True)
-        return Run(Path(output_dir).expanduser(), writes=is_first_process()), None
-    found = first_decides(
-        lambda: begin(
-            output_dir,
-            overwrite=recipe.run.overwrite_output_dir,
-            resume_from_checkpoint=recipe.training.get("resume_from_checkpoint"),
-        ),
-        use_cpu=uses_cpu(recipe),
-    )
+        return Run(Path(output_dir).expanduser(), writes=is_first_process()), None, False
+    found, complete = first_decides(lambda: beginning(recipe, output_dir))
     folder = Run(found.folder, writes=is_first_process())
     if found.checkpoint is None:
         folder.forget_results()
-    return folder, found.checkpoint
+    return folder, found.checkpoint, complete
+
+
+def beginning(recipe: Recipe, output_dir: str) -> tuple[Beginning, bool]:
+    """Where the run begins, and whether it is complete."""
+    found = begin(
+        output_dir,
+        overwrite=recipe.run.overwrite_output_dir,
+        resume_from_checkpoint=recipe.training.get("resume_from_checkpoint"),
+    )
+    return found, is_complete(found, saved_options(recipe))
 
 
 def run_training(
@@ -117,14 +130,17 @@ def run_training(
 ) -> None:
     """Train and save the model, with the compared answers from before and after."""
     before = compare(recipe, trainer, data, metric, folder, "before", console)
-    metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
+    output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    figures = training_figures(trainer, output.metrics)
     trainer.save_model()
     trainer.save_state()
     if is_first_process():
         save_arguments(folder.path, recipe.model, trainer.model)
         trainer.create_model_card()
+    if recipe.data.streaming:
+        folder.save_json(DATA_REPORT_FILE, report_json(after_stream(data, trainer.reports.get("train_dataset"))))
     after = compare(recipe, trainer, data, metric, folder, "after", console)
-    folder.save_results("train", metrics | {"train_tokens": trainer.tokens_seen} | after)
+    folder.save_results("train", figures | after)
     if recipe.run.plot_loss and is_first_process():
         title = f"Loss of {folder.path.name}"
         plot_curves(trainer.state.log_history, folder.path, title, STAGES[recipe.run.stage].unit)
@@ -168,7 +184,7 @@ def compare(
 
 def finish(recipe: Recipe, data: Prepared, folder: Run, console: Console) -> dict[str, float]:
     """Merge where that is asked for, say what came out, and return the figures."""
-    todo, figures = phases(recipe), folder.results()
+    todo, figures = phases(recipe), first_decides(folder.results)  # the others may find the file not yet written
     if recipe.run.do_merge and todo.train and is_first_process():
         merge(folder.path, folder.path / "merged")
     kind = "adapter" if recipe.model.adapter == "lora" else "model"
@@ -221,13 +237,18 @@ def build_trainer(
     tell([*said, *trainer.choices], folder, console)
     if args.predict_with_generate:
         trainer.decoding, trainer.text_metric = recipe.decoding, metric
-    use_progress(trainer, ProgressCallback(lambda: trainer.tokens_seen, console))
-    trainer.add_callback(RunLogCallback(folder, lambda: trainer.tokens_seen))
+    use_progress(trainer, ProgressCallback(lambda: all_tokens(trainer), console))
+    trainer.add_callback(RunLogCallback(folder, lambda: all_tokens(trainer)))
     if recipe.run.sample_rows and data.held_out:
         few = data.held_out[: recipe.run.sample_rows]
         kwargs = recipe.training.get("chat_template_kwargs")
         trainer.add_callback(SampleCallback(folder, few, tokenizer, decoding(recipe), chat_template_kwargs=kwargs))
     return trainer
+
+
+def all_tokens(trainer: Any) -> int:
+    """About how many tokens all processes have trained on, for the speed: to ask the others would hold them up."""
+    return trainer.tokens_seen * trainer.args.world_size
 
 
 def add_notes(trainer: Any, data: Prepared, folder: Run, said: list[str]) -> None:
@@ -246,7 +267,7 @@ def add_notes(trainer: Any, data: Prepared, folder: Run, said: list[str]) -> Non
 
 def check(recipe: Recipe, rows: int = 3) -> Prepared:
     """Show what would be trained: rows kept, changed and dropped, lengths, and real rows, trained tokens marked."""
-    console = Console()
+    console = own_console(recipe)
     tell(recipe.notes, None, console)
     tokenizer = tokenizer_of(recipe)
     data = prepare_data(recipe, tokenizer)
@@ -257,7 +278,7 @@ def check(recipe: Recipe, rows: int = 3) -> Prepared:
 
 def evaluate(recipe: Recipe) -> dict[str, float]:
     """Loss, perplexity and token accuracy of a model on held-out examples, per trained token."""
-    console = Console()
+    console = own_console(recipe)
     with evaluating(only(recipe, do_eval=True), console) as (trainer, _):
         metrics = trainer.evaluate()
     show_figures({name.removeprefix("eval_"): value for name, value in metrics.items()}, console)
@@ -266,7 +287,7 @@ def evaluate(recipe: Recipe) -> dict[str, float]:
 
 def predict(recipe: Recipe, output: Path = Path(PREDICTIONS_FILE)) -> dict[str, float]:
     """Answer every held-out prompt, or score every held-out pair, into a JSON-lines file."""
-    console = Console()
+    console = own_console(recipe)
     recipe = only(recipe, do_predict=True)
     metrics = scored_pairs(recipe, output, console) if recipe.run.stage == "rm" else asked(recipe, output, console)
     show_figures(metrics, console)

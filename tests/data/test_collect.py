@@ -177,6 +177,8 @@ def test_evaluation_alone_is_of_eval_dataset_or_else_of_what_is_held_out_or_all(
     some = gather(two, "b", val_size=4, held_out_only=True)
     assert asked(some.evaluation[""]) == asked(gather(two, "b", val_size=4).evaluation[""])
     assert (some.train, some.report.read) == ([], 0)
+    drawn = {"mix_strategy": "interleave_under", "interleave_probs": "0.6,0.4"}  # which are of the training data
+    assert len(gather(two, "a,b", eval_dataset="a", held_out_only=True, **drawn).evaluation[""]) == 6
 
 
 def test_several_evaluation_sets_are_one_or_one_each(two, tmp_path):

@@ -12,7 +12,7 @@ from tests.tiny import make_byte_tokenizer, make_tiny_model
 from tests.train.rows import make_trainer, token_rows
 from tunesmith.evaluate.generate import generate_ids, generation_config
 from tunesmith.evaluate.predict import predict
-from tunesmith.evaluate.ranks import rank_and_world
+from tunesmith.ranks import rank_and_world
 
 ROWS = (9, 4, 14, 6, 11)  # not to be shared out evenly
 SHORT = {"max_new_tokens": 6, "generation_batch_size": 2}

@@ -210,6 +210,8 @@ def _hold_out(parts: Sequence[Part], options: DataConfig, seed: int) -> dict[str
 
 def _mixed(parts: Sequence[Part], options: DataConfig, seed: int) -> list[Example]:
     """The examples to train on, in the order that the mixture gives them."""
+    if not parts:  # only held-out examples are read
+        return []
     for part in parts:
         part.examples = _repeated(part.examples, part.size, seed)
     strategy, weights = options.mix_strategy, mixture_weights(options, len(parts))

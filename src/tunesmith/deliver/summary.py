@@ -75,8 +75,11 @@ def show_results(
 
 def training_line(figures: Mapping[str, Any]) -> str:
     """Time, tokens and speed of the training."""
-    seconds, tokens = figures["train_runtime"], figures["train_tokens"]
-    return f"trained in {clock_text(seconds)}: {tokens:,} tokens, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
+    time, tokens = clock_text(figures["train_runtime"]), f"{figures['train_tokens']:,} tokens"
+    speed = f"{figures['train_tokens_per_second']:,.0f} tokens/s"
+    if step := figures.get("train_resumed_at_step"):
+        return f"trained on from step {step} in {time}: {tokens} in all, {speed}"
+    return f"trained in {time}: {tokens}, {speed}"
 
 
 def figure_lines(figures: Mapping[str, Any], phase: str, sets: Sequence[str]) -> list[str]:

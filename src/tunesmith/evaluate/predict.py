@@ -17,7 +17,7 @@ from tunesmith.config import DecodingConfig
 from tunesmith.evaluate.generate import answer_decoding, context_length, generate_texts, stop_token_ids
 from tunesmith.evaluate.metrics import PERCENTAGES, Metric, metrics_for
 from tunesmith.evaluate.questions import Question, ask, fitted
-from tunesmith.evaluate.ranks import gathered, rank_and_world
+from tunesmith.ranks import gathered, rank_and_world
 from tunesmith.runs import write_text
 
 if TYPE_CHECKING:

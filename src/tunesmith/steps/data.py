@@ -105,6 +105,18 @@ def show_data(data: Prepared, tokenizer: Any, console: Console, rows: int = 0) -
             console.out(line, highlight=False)
 
 
+def after_stream(data: Prepared, tokenized: Report | None) -> Prepared:
+    """The data with the report of what training has read of its stream: before it there was nothing to tell.
+
+    Args:
+        tokenized: what the trainer has counted over all passes.
+    """
+    report = data.train.passes.report()
+    if tokenized is not None and (lost := tokenized.losses()):
+        report.note(f"tokenized, over all passes: {lost}")
+    return data._replace(report=report)
+
+
 def report_json(data: Prepared) -> dict[str, Any]:
     """The reports as data."""
     held_out = {name: report.to_json() for name, report in data.evaluation_reports.items()}

@@ -164,17 +164,16 @@ class RunLogCallback(TrainerCallback):
 
     def _write_status(self, state: TrainerState, force: bool = False) -> None:
         now = self.pace.clock()
-        if not force and now - self.status_written < STATUS_SECONDS:
-            return
-        self.status_written = now
-        self.run.write_status(
-            "running",
+        self.run.note(
             step=state.global_step,
             total_steps=state.max_steps,
             **self.figures,
             tokens_per_second=_rounded(self.pace.tokens_per_second),
             eta_seconds=_rounded(self.pace.remaining(state.max_steps)),
         )
+        if force or now - self.status_written >= STATUS_SECONDS:
+            self.status_written = now
+            self.run.write_status("running")
 
 
 class SampleCallback(TrainerCallback):
@@ -194,12 +193,22 @@ class SampleCallback(TrainerCallback):
         self.run, self.tokenizer, self.decoding = run, tokenizer, decoding
         questions = (ask(example, tokenizer, index=index, **ask_options) for index, example in enumerate(examples))
         self.questions = list(questions)
+        self.answered: int | None = None  # the step of the last answers
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            path = self.run.path / SAMPLES_FILE
+            forget_steps_after(state.global_step, path, "step")
+            self.answered = int(step_of(path.read_bytes().splitlines()[-1], "step")) if path.is_file() else None
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or self.answered == state.global_step:  # the last step is evaluated twice
             return
+        self.answered = state.global_step
         prompts = [question.prompt.input_ids for question in self.questions]
         how = {"decoding": self.decoding, "seed": args.seed}
         answers = dict(generate_texts(kwargs["model"], self.tokenizer, prompts, **how))
@@ -366,20 +375,24 @@ def progress_line(step: int, total_steps: int, logs: Mapping[str, Any], pace: Pa
     return " · ".join(parts)
 
 
-def forget_steps_after(step: int, path: Path) -> None:
-    """Leave the lines of a trainer log up to the step that training begins from; without any the file goes."""
+def forget_steps_after(step: int, path: Path, key: str = "current_steps") -> None:
+    """Leave the lines of a log up to the step that training begins from; without any the file goes.
+
+    Args:
+        key: what lines call their step. Those that a crash cut short go, too.
+    """
     lines = path.read_bytes().splitlines(keepends=True) if step and path.is_file() else []
-    kept = [line for line in lines if step_of(line) <= step]
+    kept = [line for line in lines if step_of(line, key) <= step]
     if kept:
         write_text(path, b"".join(kept).decode())
     else:
         path.unlink(missing_ok=True)
 
 
-def step_of(line: bytes) -> float:
-    """The step of a line of the trainer log; infinite for a line that a crash cut short."""
+def step_of(line: bytes, key: str) -> float:
+    """The step of a line of a log; infinite for a line that a crash cut short."""
     try:
-        return float(json.loads(line)["current_steps"])
+        return float(json.loads(line)[key])
     except (ValueError, KeyError, TypeError):
         return math.inf
 

@@ -30,8 +30,8 @@ from tunesmith.evaluate.generate import (
 )
 from tunesmith.evaluate.metrics import Metric, checked_figures, exact_match
 from tunesmith.evaluate.predict import json_line, prefixed
-from tunesmith.evaluate.ranks import gathered, rank_and_world
 from tunesmith.lookup import did_you_mean
+from tunesmith.ranks import gathered, rank_and_world
 from tunesmith.runs import PREDICTIONS_FILE, write_text
 from tunesmith.train.collate import split_documents
 from tunesmith.train.evaluation import EvaluatingTrainer

@@ -68,8 +68,7 @@ class TokenTrainer(Seq2SeqTrainer):
         finally:
             self.is_in_train = False
         if self.args.include_tokens_per_second:
-            tokens = self._count_tokens() - (self._tokens_before or 0)
-            output.metrics["train_tokens_per_second"] = tokens / output.metrics["train_runtime"]
+            output.metrics["train_tokens_per_second"] = self.count_tokens_here() / output.metrics["train_runtime"]
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -93,6 +92,16 @@ class TokenTrainer(Seq2SeqTrainer):
             TokenTrainer.prediction_step,
         )
         return overridden or self.compute_loss_func is not None
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """The micro-batches of the next step; none after the last, which transformers would go beyond.
+
+        It looks whether `max_steps` are done when a step has ended, and not when it goes on from a checkpoint.
+        """
+        if 0 < self.state.max_steps <= self.state.global_step:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
 
     # ---- the step ------------------------------------------------------------------------------------------------
 
@@ -208,7 +217,7 @@ class TokenTrainer(Seq2SeqTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of the trained tokens since the last log line."""
         if self.is_in_train and "loss" in logs:
-            logs["num_tokens"] = self._count_tokens()
+            logs["num_tokens"] = self.count_tokens()
             if self.args.token_metrics:
                 found = dict(zip(FIGURES, self.accelerator.reduce(self._figures, "sum").tolist()))
                 self._figures.zero_()
@@ -225,28 +234,41 @@ class TokenTrainer(Seq2SeqTrainer):
         super().log(logs, start_time)
 
     def _count_this_session(self, metrics: dict[str, float]) -> None:
-        """Put right what transformers 5.17 says at the end of training; later versions (5.23) say it right.
+        """Put right what transformers says at the end of training.
 
-        It divides the losses of this session by the steps of all sessions, and the steps of the whole schedule by the
-        time of this one.
+        It leaves steps since the last log line to each process. 5.17 also divides the losses of this session by the
+        steps of all sessions, and the steps of the whole schedule by the time of this one; 5.23 does not.
         """
-        done = self.state.global_step - self._steps_before
-        if hasattr(self, "_initial_global_step") or done <= 0:
+        if self.args.world_size > 1:
+            loss = torch.tensor(metrics["train_loss"], dtype=torch.float64, device=self.args.device)
+            metrics["train_loss"] = float(self.accelerator.reduce(loss, "mean"))
+        done = self.steps_here
+        if hasattr(self, "_initial_global_step") or not done:
             return
         metrics["train_loss"] *= self.state.global_step / done
         for rate in ("train_samples_per_second", "train_steps_per_second"):
             metrics[rate] *= done / self.state.max_steps
 
-    def _count_tokens(self) -> int:
-        """Real tokens trained on by all processes, sessions before this one included; kept in the trainer's state."""
+    @property
+    def steps_here(self) -> int:
+        """Optimizer steps of this session: since `train` was called, not since the run began."""
+        return 0 if self._tokens_before is None else self.state.global_step - self._steps_before
+
+    def count_tokens_here(self) -> int:
+        """Real tokens that all processes have trained on in this session; every process must call it."""
         here = torch.tensor(self.tokens_seen, dtype=torch.int64, device=self.args.device)
-        total = (self._tokens_before or 0) + int(self.accelerator.reduce(here, "sum"))
+        return int(self.accelerator.reduce(here, "sum"))
+
+    def count_tokens(self) -> int:
+        """The same of all sessions, kept in the trainer's state; every process must call it."""
+        before = self.state.num_input_tokens_seen if self._tokens_before is None else self._tokens_before
+        total = before + self.count_tokens_here()
         if self.args.include_num_input_tokens_seen == "no":  # else transformers counts there
             self.state.num_input_tokens_seen = total
         return total
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._count_tokens()
+        self.count_tokens()
         super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
