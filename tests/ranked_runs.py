@@ -34,7 +34,16 @@ def commands(ranks: int) -> dict[str, tuple[str, ...]]:
 
     Dropout would draw by process, and Adam makes a whole step of a gradient that is no more than rounding error.
     """
-    batch = ("--per_device_train_batch_size", str(4 // ranks), "--data_cache_dir", "cache", "--adam_epsilon", "1e-4")
+    batch = (
+        "--per_device_train_batch_size",
+        str(4 // ranks),
+        "--data_cache_dir",
+        "cache",
+        "--adam_epsilon",
+        "1e-4",
+        "--learning_rate",
+        "1e-3",
+    )
     found = {}
     for name in TRAINED:
         dropout = ("--lora_dropout", "0") if "lora_r" in RECIPES[name] else ()

@@ -20,6 +20,7 @@ ALL = {
     "eval_steps": 2,
     "save_strategy": "steps",
     "save_steps": 3,
+    "plot_loss": False,
     "bf16": False,
     "use_cpu": True,
 }
@@ -30,14 +31,15 @@ ALL_PHASES = {"do_train": True, "do_eval": True, "do_predict": True}
 STREAM = {"streaming": True, "buffer_size": 8}
 PACKED = {"packing": True, "max_length": 120, "val_size": 3}
 RECIPES = {
-    "lora": {**CHAT, **LORA, **ALL_PHASES, "predict_with_generate": True, "compare_rows": 3, "sample_rows": 2},
+    "lora": {**CHAT, **LORA, **ALL_PHASES, "predict_with_generate": True, "compare_rows": 3, "sample_rows": 2,
+             "plot_loss": True},
     "full": {**CHAT, "adapter": "full", "gradient_accumulation_steps": 2, "num_train_epochs": 3, "max_steps": -1},
     "packed": {**TWO, **LORA, **PACKED, "mix_strategy": "interleave_under"},
     "stream": {**TWO, **LORA, **STREAM, "eval_dataset": "heldout.jsonl", "mix_strategy": "interleave_over"},
     "packed stream": {**TWO, **LORA, **STREAM, **PACKED, "mix_strategy": "interleave_under"},
     "pt": {"stage": "pt", "dataset": "texts.jsonl", "val_size": 4, "max_length": 32, "adapter": "full"},
     "rm": {"stage": "rm", "dataset": "pairs.jsonl", "val_size": 5, **LORA, **ALL_PHASES},
-}
+}  # fmt: skip
 
 
 def make_workplace(folder: Path) -> Path:

@@ -89,6 +89,15 @@ def test_two_processes_write_the_files_of_one(folders, name):
         assert all(ours[key].allclose(expected[key], atol=1e-5) for key in ours.keys() | expected.keys())
 
 
+# workflow: V10
+@pytest.mark.parametrize("name", TRAINED)
+def test_an_adapter_spares_the_search_for_unused_parameters(folders, name):
+    """What is trained whole may hold parameters that a batch does not use, such as experts."""
+    options = json.loads((folders[1] / name / "training_args.json").read_text())
+    lora = (folders[1] / name / "adapter_config.json").is_file()
+    assert options["ddp_find_unused_parameters"] is (False if lora else None)
+
+
 def without_cache_notes(path: Path) -> dict:
     """A data report; which process makes kept tokens and which reads them is decided by chance."""
     return json.loads(re.sub(r'(,\s*)?"tokens read from the cache[^"]*"', "", path.read_text()))

@@ -18,6 +18,7 @@ WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "value_head.safeten
 SPEED = ("runtime", "per_second")
 RUNS = {**{name: (f"whole/{name}", f"cut/{name}") for name in KILLED}, "interrupted": ("whole/lora", "interrupted"),
         "after training": ("whole/lora", "after")}  # fmt: skip
+OF_LORA = ("lora", "interrupted", "after training")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_results_are_those_of_the_whole_run(folder, run):
 
 
 # workflow: W2
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", OF_LORA)
 def test_the_loss_curve_is_drawn_from_all_steps(folder, run):
     """`plot_curves` gets the log of the trainer's state."""
     whole, cut = (folder / name for name in RUNS[run])
@@ -102,7 +103,7 @@ def test_the_loss_curve_is_drawn_from_all_steps(folder, run):
     assert (cut / "training_loss.png").stat().st_mtime > (cut / "checkpoint-3").stat().st_mtime
 
 
-@pytest.mark.parametrize("run", ["lora", "interrupted", "after training"])
+@pytest.mark.parametrize("run", OF_LORA)
 @pytest.mark.parametrize("when", ["predictions_before", "predictions_after", "generated_predictions", "samples"])
 def test_answers_are_those_of_the_uninterrupted_run(folder, run, when):
     """Those before training too: they are the untrained model's, not of the one that training goes on with."""
