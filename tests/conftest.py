@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from tests import tiny
+from tests.workplace import PAIRS, write_recipe, write_rows
 
 settings.register_profile("tunesmith", max_examples=100, derandomize=True, deadline=None)
 settings.load_profile("tunesmith")
@@ -42,3 +43,15 @@ def tiny_model():
 @pytest.fixture(scope="session")
 def make_tiny_model():
     return tiny.make_tiny_model
+
+
+@pytest.fixture
+def workplace(tiny_model, byte_tokenizer, tmp_path, monkeypatch):
+    """A folder with a model, training rows, held-out rows and a recipe; it is the current directory."""
+    tiny_model.save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", PAIRS * 4)
+    write_rows(tmp_path / "heldout.jsonl", PAIRS[:3])
+    write_recipe(tmp_path / "recipe.yaml")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

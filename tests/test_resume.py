@@ -37,8 +37,28 @@ def test_a_folder_that_is_no_run_to_go_on_with_is_an_error(tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("words")
     with pytest.raises(ConfigError, match=r"mine is not empty \(thesis\.tex\)"):
         start(tmp_path / "mine")
+    failed = a_run(tmp_path / "failed", "failed")
+    (failed / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     with pytest.raises(ConfigError, match=r"holds another run \(failed\).*--overwrite_output_dir"):
-        start(a_run(tmp_path / "failed", "failed"))
+        start(failed)
+
+
+@pytest.mark.parametrize("state", ["failed", "interrupted"])
+def test_a_run_that_failed_before_it_trained_begins_anew(tmp_path, state):
+    folder = a_run(tmp_path / "run", state)
+    for name in ("recipe.yaml", "events.jsonl", "data_report.json"):
+        (folder / name).write_text("")
+    assert start(folder) == (folder, None)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "adapter_model.safetensors", "predictions_before.jsonl"])
+def test_a_failed_run_with_anything_else_in_it_is_left_alone(tmp_path, name):
+    folder = a_run(tmp_path / "run", "failed")
+    (folder / name).write_text("words")
+    with pytest.raises(ConfigError, match="holds another run"):
+        start(folder)
+    assert (folder / name).is_file()
 
 
 def test_a_finished_run_is_not_gone_on_with_unless_it_is_said(tmp_path):

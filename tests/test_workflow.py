@@ -1,64 +1,14 @@
 """The command line from recipe to answers, on the tiny model; and what each kind of bad input says."""
 
 import json
+import re
 
 import pytest
-import yaml
-from typer.testing import CliRunner
 
-from tunesmith.cli import app
+from tests.workplace import call, write_recipe
 from tunesmith.data.prepare import as_dataset
 from tunesmith.runs import read_metrics, read_status
 from tunesmith.workflow import run
-
-PAIRS = [("Red or blue?", "red"), ("Up or down?", "up"), ("Left or right?", "left"), ("In or out?", "in")]
-
-
-@pytest.fixture
-def workplace(tiny_model, byte_tokenizer, tmp_path, monkeypatch):
-    """A folder with a model, training rows, held-out rows and a recipe; it is the current directory."""
-    tiny_model.save_pretrained(tmp_path / "model")
-    byte_tokenizer.save_pretrained(tmp_path / "model")
-    write_rows(tmp_path / "train.jsonl", PAIRS * 4)
-    write_rows(tmp_path / "heldout.jsonl", PAIRS[:3])
-    write_recipe(tmp_path / "recipe.yaml")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def write_rows(path, pairs):
-    rows = [
-        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
-        for question, reply in pairs
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_recipe(path, **changes):
-    options = {
-        "model_name_or_path": "model",
-        "dataset": "train.jsonl",
-        "eval_dataset": "heldout.jsonl",
-        "output_dir": "run",
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "lora_r": 4,
-        "compare_rows": 2,
-        "max_new_tokens": 8,
-        "bf16": False,
-        "use_cpu": True,
-        "save_strategy": "no",
-        **changes,
-    }
-    path.write_text(yaml.safe_dump({key: value for key, value in options.items() if value is not None}))
-
-
-def call(*words, code=0) -> str:
-    """Output of a command that must end with `code`; a traceback fails the test."""
-    result = CliRunner().invoke(app, list(words))
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result.output
 
 
 def test_a_recipe_becomes_a_trained_adapter(workplace):
@@ -84,7 +34,7 @@ def test_what_was_trained_can_be_scored_asked_and_merged(workplace, adapter):
     call("train", "recipe.yaml")
     trained = json.loads((workplace / "run" / "all_results.json").read_text())
     scored = call("eval", "run", "--bf16", "false")
-    assert f"loss            {trained['eval_loss']:.4f}" in scored
+    assert re.search(rf"^loss +{trained['eval_loss']:.4f}$", scored, re.MULTILINE)
     call("predict", "run", "--output", "answers.jsonl")
     answers = [json.loads(line) for line in (workplace / "answers.jsonl").read_text().splitlines()]
     assert [row["label"] for row in answers] == ["red", "up", "left"]
@@ -92,7 +42,7 @@ def test_what_was_trained_can_be_scored_asked_and_merged(workplace, adapter):
     assert [row["predict"] for row in answers[:2]] == [row["predict"] for row in after]
     if adapter == "lora":
         merged = call("eval", "run/merged", "--eval_dataset", "heldout.jsonl", "--bf16", "false")
-        assert f"loss            {trained['eval_loss']:.4f}" in merged
+        assert re.search(rf"^loss +{trained['eval_loss']:.4f}$", merged, re.MULTILINE)
         call("merge", "run", "elsewhere")
         assert (workplace / "elsewhere" / "model.safetensors").is_file()
 

@@ -152,6 +152,12 @@ def recipe_and_flags(recipe: str | None, ctx: typer.Context) -> tuple[str | None
     return recipe, list(ctx.args)
 
 
+def quiet_loggers() -> None:
+    """Silence hints that are written while libraries are imported; reading a recipe imports some of them already."""
+    for name in ("accelerate", "bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def quiet_libraries() -> None:
     """Leave the terminal to the command: other libraries' bars and hints go, their errors stay."""
     import datasets
@@ -189,6 +195,7 @@ def main_options(
     ] = False,
 ) -> None:
     """Fine-tune language models on your own examples, and see that it worked."""
+    quiet_loggers()
 
 
 @app.command(cls=OptionsCommand, context_settings=ANY_OPTION)
@@ -340,9 +347,16 @@ def env(show_traceback: Traceback = False) -> None:
             typer.echo(f"{name:<{width}}  {value}")
 
 
+def plain_warning(message: Warning | str, category: type[Warning], *place: Any, **kwargs: Any) -> str:
+    """A warning as a sentence: where in the code it arose says nothing about a recipe."""
+    return f"{'' if category is UserWarning else category.__name__ + ': '}warning: {message}\n"
+
+
 def main() -> None:
     """Run the command line; `console_scripts` and `python -m tunesmith` call it."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ?, where strict would raise
+    warnings.formatwarning = plain_warning
+    warnings.filterwarnings("once", category=UserWarning)  # the same words from two places are one warning
     app(prog_name="tunesmith")

@@ -42,6 +42,11 @@ PREDICTIONS_FILE = "generated_predictions.jsonl"
 COMPARED_FILES = {when: f"predictions_{when}.jsonl" for when in ("before", "after")}
 SAMPLES_FILE = "samples.jsonl"
 RECIPE_FILE = "recipe.yaml"
+# What a run has written when its training begins.
+BEFORE_TRAINING = {
+    *(STATUS_FILE, EVENTS_FILE, RECIPE_FILE, "crash.txt", DATA_REPORT_FILE, "training_args.json"),
+    "finetuning_args.json",
+}
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 RECIPE_HEADER = "# Written by tunesmith: every option of this run as it was resolved.\n"
 
@@ -54,8 +59,9 @@ def prepare_output_dir(path: str | Path, overwrite: bool) -> Path:
 
     Args:
         path: the run directory, created with its parents.
-        overwrite: delete the run that the folder holds. Only a folder that tunesmith wrote is deleted, never the one
-            the program was started in, and never a run that is still going.
+        overwrite: delete the run that the folder holds; one that failed before it trained anything goes without it.
+            Only a folder that tunesmith wrote is deleted, never the one the program was started in, and never a run
+            that is still going.
 
     Raises: ConfigError if the path is a file, cannot be written, or holds anything that may not be deleted.
     """
@@ -78,6 +84,8 @@ def _refuse_to_replace(path: Path, found: list[str], overwrite: bool) -> None:
     """Raise unless `path`, which is not empty, may be emptied."""
     what = _describe(path, found)
     is_run = _is_run(path)
+    if not overwrite and is_run and _trained_nothing(path, found):
+        return
     if not overwrite:
         if is_run:
             resume = " continue it with --resume_from_checkpoint true," if "checkpoint" in what else ""
@@ -133,6 +141,12 @@ def _is_run(path: Path) -> bool:
             return file.readline() == RECIPE_HEADER
     except (OSError, UnicodeDecodeError):
         return False
+
+
+def _trained_nothing(path: Path, found: list[str]) -> bool:
+    """Whether a run failed before its training began, over its data perhaps: there is nothing to lose in it."""
+    state = (read_status(path) or {}).get("state")
+    return state in ("failed", "interrupted") and BEFORE_TRAINING.issuperset(found)
 
 
 def _make_writable_folder(path: Path) -> None:

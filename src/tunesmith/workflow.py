@@ -19,18 +19,28 @@ from tunesmith.deliver.chat import chat as talk
 from tunesmith.deliver.merge import merge
 from tunesmith.deliver.summary import show_answers, show_reports, show_results
 from tunesmith.deliver.web.serve import serve as serve_model
+from tunesmith.errors import ConfigError
 from tunesmith.evaluate.predict import comparisons, prefixed
 from tunesmith.model.capabilities import bf16_is_faster
 from tunesmith.model.saved import save_arguments
 from tunesmith.ranks import first_decides, is_first_process, join_processes
-from tunesmith.recipe import Recipe, load_recipe, phases, resolved
+from tunesmith.recipe import Recipe, load_recipe, phases
 from tunesmith.resume import Beginning, begin, is_complete, repeatable
 from tunesmith.runs import COMPARED_FILES, DATA_REPORT_FILE, PREDICTIONS_FILE, Run
 from tunesmith.steps.answers import answered, written_metric
-from tunesmith.steps.data import Prepared, after_stream, prepare_data, report_json, show_data
+from tunesmith.steps.data import Prepared, after_stream, check_data, prepare_data, report_json, show_data
 from tunesmith.steps.figures import training_figures
 from tunesmith.steps.model import tokenizer_of, trainable_model, usable_model
-from tunesmith.steps.options import STAGES, decoding, only, system_prompt, trainer_arguments, uses_cpu
+from tunesmith.steps.options import (
+    STAGES,
+    decoding,
+    evaluation_arguments,
+    only,
+    saved_options,
+    system_prompt,
+    trainer_arguments,
+    uses_cpu,
+)
 from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, SampleCallback, use_progress
 from tunesmith.train.curves import plot_curves
 from tunesmith.train.reward import RewardTrainer
@@ -64,12 +74,13 @@ def train(recipe: Recipe) -> dict[str, float]:
         return folder.results()
     with recorded(folder):
         if todo.train:
-            folder.save_recipe(repeatable(resolved(recipe)))
+            folder.save_recipe(repeatable(saved_options(recipe)))
         going_on = [f"resume: going on from {checkpoint}"] if checkpoint is not None else []
         tell([*recipe.notes, *going_on], folder, console)
         tokenizer = tokenizer_of(recipe, lambda line: tell([line], folder, console))
         data = prepare_data(recipe, tokenizer)
         folder.save_json(DATA_REPORT_FILE, report_json(data))
+        check_data(recipe, data)
         show_data(data, tokenizer, console)
         metric = written_metric(recipe, data)
         trainer = build_trainer(recipe, tokenizer, data, metric, folder, console)
@@ -111,7 +122,7 @@ def beginning(recipe: Recipe, output_dir: str) -> tuple[Beginning, bool]:
         overwrite=recipe.run.overwrite_output_dir,
         resume_from_checkpoint=recipe.training.get("resume_from_checkpoint"),
     )
-    return found, is_complete(found, resolved(recipe))
+    return found, is_complete(found, saved_options(recipe))
 
 
 def run_training(
@@ -259,57 +270,90 @@ def check(recipe: Recipe, rows: int = 3) -> Prepared:
     console = own_console(recipe)
     tell(recipe.notes, None, console)
     tokenizer = tokenizer_of(recipe)
-    data = prepare_data(recipe, tokenizer, check=False)
+    data = prepare_data(recipe, tokenizer)
     show_data(data, tokenizer, console, rows)
-    for report in (data.report, *data.evaluation_reports.values()):
-        if report is not None and not recipe.data.streaming:
-            report.check(recipe.data.max_drop_ratio)
+    check_data(recipe, data)
     return data
 
 
 def evaluate(recipe: Recipe) -> dict[str, float]:
-    """Loss, perplexity and token accuracy of a model on `eval_dataset`, per trained token."""
+    """Loss, perplexity and token accuracy of a model on held-out examples, per trained token."""
     console = own_console(recipe)
-    recipe = only(recipe, do_eval=True)
-    tell(recipe.notes, None, console)
-    tokenizer = tokenizer_of(recipe)
-    data = prepare_data(recipe, tokenizer)
-    show_reports(None, data.evaluation_reports, console)
-    model = usable_model(recipe, tokenizer, lambda line: tell([line], None, console))
-    names = ("bf16", "use_cpu", "padding_free", "per_device_eval_batch_size")
-    given = {key: recipe.training[key] for key in names if key in recipe.training}
-    stage = STAGES[recipe.run.stage]
-    with tempfile.TemporaryDirectory() as folder:  # the trainer makes its output folder whether it writes or not
-        args = stage.config(output_dir=folder, save_strategy="no", **given)
-        trainer = stage.trainer(model, args, eval_dataset=data.evaluation_sets, processing_class=tokenizer)
+    with evaluating(only(recipe, do_eval=True), console) as (trainer, _):
         metrics = trainer.evaluate()
-    for name, value in metrics.items():
-        if isinstance(value, float) and not name.endswith(("runtime", "per_second")):
-            console.out(f"{name.removeprefix('eval_').replace('_', ' '):16}{value:.4f}", highlight=False)
+    show_figures({name.removeprefix("eval_"): value for name, value in metrics.items()}, console)
     return metrics
 
 
 def predict(recipe: Recipe, output: Path = Path(PREDICTIONS_FILE)) -> dict[str, float]:
-    """Answer every prompt of `eval_dataset` into a JSON-lines file and score the answers."""
+    """Answer every held-out prompt, or score every held-out pair, into a JSON-lines file."""
     console = own_console(recipe)
     recipe = only(recipe, do_predict=True)
+    metrics = scored_pairs(recipe, output, console) if recipe.run.stage == "rm" else asked(recipe, output, console)
+    show_figures(metrics, console)
+    console.out(f"answers: {output}", highlight=False)
+    return metrics
+
+
+@contextlib.contextmanager
+def evaluating(recipe: Recipe, console: Console) -> Iterator[tuple[SFTTrainer | RewardTrainer, Prepared]]:
+    """A trainer that evaluates what is held out, and its data; it writes nothing."""
+    tokenizer, data = held_out_data(recipe, console)
+    model = usable_model(recipe, tokenizer, lambda line: tell([line], None, console))
+    with tempfile.TemporaryDirectory() as folder:  # the trainer makes its output folder whether it writes or not
+        args = evaluation_arguments(recipe, folder)
+        trainer = STAGES[recipe.run.stage].trainer(
+            model, args, eval_dataset=data.evaluation_sets, processing_class=tokenizer
+        )
+        use_progress(trainer, None)
+        yield trainer, data
+
+
+def held_out_data(recipe: Recipe, console: Console) -> tuple[Any, Prepared]:
+    """Tokenizer and data of a command that only evaluates, with the reports shown."""
     tell(recipe.notes, None, console)
     tokenizer = tokenizer_of(recipe)
     data = prepare_data(recipe, tokenizer)
+    check_data(recipe, data)
+    show_reports(None, data.evaluation_reports, console)
+    return tokenizer, data
+
+
+def asked(recipe: Recipe, output: Path, console: Console) -> dict[str, float]:
+    """Answers to the held-out prompts, and their figures."""
+    tokenizer, data = held_out_data(recipe, console)
     metric = written_metric(recipe, data)
     model = usable_model(recipe, tokenizer, lambda line: tell([line], None, console))
-    metrics = answered(recipe, model, tokenizer, data.held_out, output, metric, console)
-    for name, value in metrics.items():
-        console.out(f"{name.replace('_', ' '):20}{value:.2f}", highlight=False)
-    console.out(f"{'answers':20}{output}", highlight=False)
-    return metrics
+    return answered(recipe, model, tokenizer, data.held_out, output, metric, console)
+
+
+def scored_pairs(recipe: Recipe, output: Path, console: Console) -> dict[str, float]:
+    """Rewards of the held-out pairs, and their figures."""
+    with evaluating(recipe, console) as (trainer, data):
+        result = trainer.predict(data.evaluation_sets, metric_key_prefix="predict")
+        trainer.save_predictions(result, output)
+    return result.metrics
+
+
+def show_figures(metrics: dict[str, float], console: Console) -> None:
+    """One line a figure; how long it took is left out."""
+    shown = {
+        name.replace("_", " "): value
+        for name, value in metrics.items()
+        if isinstance(value, float) and not name.endswith(("runtime", "per_second"))
+    }
+    width = max(map(len, shown), default=0) + 2
+    for name, value in shown.items():
+        console.out(f"{name:{width}}{value:.4f}", highlight=False)
 
 
 def chat(recipe: Recipe, system: str | None = None) -> None:
     """Talk to a model in the terminal."""
+    refuse_to_talk(recipe)
     console = Console()
     tokenizer = tokenizer_of(recipe)
-    model = usable_model(recipe, tokenizer, lambda line: tell([line], None, console))
+    # in a pipe nothing but the answers is written
+    model = usable_model(recipe, tokenizer, lambda line: tell([line], None, Console(stderr=True)))
     talk(
         model,
         tokenizer,
@@ -322,6 +366,7 @@ def chat(recipe: Recipe, system: str | None = None) -> None:
 
 def serve(recipe: Recipe, *, name: str, host: str = "127.0.0.1", port: int = 8000, system: str | None = None) -> None:
     """Answer over HTTP until Ctrl-C: OpenAI-style endpoints and a chat page."""
+    refuse_to_talk(recipe)
     console = Console()
     tokenizer = tokenizer_of(recipe)
     serve_model(
@@ -335,6 +380,15 @@ def serve(recipe: Recipe, *, name: str, host: str = "127.0.0.1", port: int = 800
         system=system or system_prompt(recipe),
         console=console,
     )
+
+
+def refuse_to_talk(recipe: Recipe) -> None:
+    """Raise ConfigError for a model that scores answers and writes none."""
+    if recipe.run.stage == "rm":
+        raise ConfigError(
+            f"{recipe.model.model_name_or_path} is a reward model: it scores answers and writes none. "
+            "`tunesmith eval` and `tunesmith predict` score pairs of answers with it."
+        )
 
 
 def env() -> dict[str, str]:

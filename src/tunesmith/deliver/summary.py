@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tunesmith.data.report import Report
 from tunesmith.evaluate.predict import Comparison, before_after_table
+from tunesmith.model.value_head import has_head
 from tunesmith.recipe import Phases
 from tunesmith.runs import ALL_RESULTS_FILE, PREDICTIONS_FILE
 
@@ -66,7 +67,8 @@ def show_results(
         lines.append(f"{'answers:':12}{folder / PREDICTIONS_FILE}")
     lines.append(f"{'figures:':12}{folder / ALL_RESULTS_FILE}")
     if phases.train:
-        lines.append(f"{'next:':12}{own_command()} chat {folder}")
+        use = f"eval {folder} --eval_dataset FILE" if has_head(folder) else f"chat {folder}"
+        lines.append(f"{'next:':12}{own_command()} {use}")
     for line in lines:
         console.out(line, highlight=False)
 

@@ -109,7 +109,8 @@ def load_for_model(place: str | Path, *, flags: list[str] | None = None, task: T
         return load_recipe(folder, flags=flags, task=task)
     if not (folder / "recipe.yaml").is_file():
         return load_recipe(None, {"model_name_or_path": str(place)}, flags=flags, task=task)
-    trained: dict[str, Any] = {"model_name_or_path": str(folder), "output_dir": str(folder)}
+    # what it was trained on top of is part of the model by now, or named beside its adapter
+    trained: dict[str, Any] = {"model_name_or_path": str(folder), "output_dir": str(folder), "checkpoint_dir": None}
     if (folder / "config.json").is_file():  # a whole model: its base's file and revision say nothing about it
         trained |= {"gguf_file": None, "model_revision": "main"}
     elif not (folder / "adapter_config.json").is_file():

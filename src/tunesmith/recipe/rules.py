@@ -115,7 +115,9 @@ CONTRADICTIONS = [
     ),
     Rule(
         ("stage", "train_on"),
-        lambda v, given: v["stage"] != "sft" and differs("train_on", given),
+        lambda v, given: (
+            v["stage"] != "sft" and differs("train_on", given) and (v["stage"], v["train_on"]) != ("pt", "all")
+        ),
         "train_on: {train_on} has no effect with stage: {stage}, which has no turns to choose from. Remove it.",
     ),
     Rule(
@@ -358,10 +360,15 @@ def needed(values: Values, task: Task, parts: Phases) -> list[str]:
     if task == "chat":
         return ["model_name_or_path"]
     if task in ("eval", "predict"):
-        return ["model_name_or_path", "eval_dataset"]
+        return ["model_name_or_path", *([] if was_held_out(values) else ["eval_dataset"])]
     if parts.train:
         return ["model_name_or_path", "dataset"]
     return ["model_name_or_path", *([] if values["dataset"] else ["eval_dataset"])]  # all of dataset, without training
+
+
+def was_held_out(values: Values) -> bool:
+    """Whether `dataset` and `val_size` say what a run held out; of a stream they do not, read whole as it is here."""
+    return bool(values["dataset"] and values["val_size"] and not values["streaming"])
 
 
 def said(chosen: Where) -> dict[str, Any]:
@@ -398,6 +405,11 @@ def remarks(values: Values, chosen: Where, parts: Phases, runs: bool) -> list[st
     if runs and not parts.train and "do_train" not in chosen:
         what = "do_predict" if parts.predict else "do_eval"
         lines.append(f"{what} is given and do_train is not, so nothing is trained. Add do_train: true to train, too.")
+    if not runs and not values["eval_dataset"] and was_held_out(values):
+        lines.append(
+            f"eval_dataset is not set: these are the examples that val_size: {values['val_size']:g} holds out of "
+            "dataset, those of the training while dataset and seed are the same."
+        )
     if in_few_bits(values) and not parts.train:
         lines.append("Evaluating model in 4/8-bit mode may cause lower scores.")
     drawing = [key for key in ("temperature", "top_p", "top_k") if differs(key, chosen)]

@@ -40,8 +40,8 @@ class Prepared(NamedTuple):
         return self.evaluation.get("", self.evaluation) if self.evaluation else None
 
 
-def prepare_data(recipe: Recipe, tokenizer: Any, *, check: bool = True) -> Prepared:
-    """Load, mix, split, render and tokenize; DataError where nothing, or suspiciously little, would be trained."""
+def prepare_data(recipe: Recipe, tokenizer: Any) -> Prepared:
+    """Load, mix, split, render and tokenize."""
     todo, train, report = phases(recipe), None, None
     how = {"stage": recipe.run.stage, "text_field": option(recipe, "dataset_text_field"), "seed": seed_of(recipe)}
     needs_answers = todo.train or todo.evaluate or recipe.run.stage == "rm"
@@ -54,13 +54,19 @@ def prepare_data(recipe: Recipe, tokenizer: Any, *, check: bool = True) -> Prepa
         found = collect(recipe.data, **how)
         train, report = encode(recipe, found.train, tokenizer, found.report), found.report
     evaluation = {}
-    for name, examples in found.evaluation.items() if needs_answers else ():
-        evaluation[name] = encode(recipe, examples, tokenizer, found.evaluation_reports[name])
-    if check:
-        encoded = [found.evaluation_reports[name] for name in evaluation]
-        for one in [report, *encoded] if todo.train and not recipe.data.streaming else encoded:
-            one.check(recipe.data.max_drop_ratio)
+    for name, examples in found.evaluation.items():
+        if needs_answers:
+            evaluation[name] = encode(recipe, examples, tokenizer, found.evaluation_reports[name])
+        else:
+            found.evaluation_reports[name].kept = len(examples)  # each is asked
     return Prepared(train, report, evaluation, found.evaluation_reports, found.evaluation)
+
+
+def check_data(recipe: Recipe, data: Prepared) -> None:
+    """Raise DataError where nothing, or suspiciously little, would be trained, evaluated or asked."""
+    is_counted = data.report is not None and not recipe.data.streaming  # a stream is counted as it is read
+    for report in [*([data.report] if is_counted else []), *data.evaluation_reports.values()]:
+        report.check(recipe.data.max_drop_ratio)
 
 
 def encode(recipe: Recipe, examples: Sequence[Example], tokenizer: Any, report: Report) -> Any:

@@ -40,14 +40,21 @@ def trainable_model(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) 
 
 def usable_model(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> nn.Module:
     """The model for inference, on the fastest device."""
+    folder = last_folder(recipe)
+    head = read_head(folder) if recipe.run.stage == "rm" else None  # before a model is loaded for nothing
     model = open_for_answers(recipe.model, use_cpu=uses_cpu(recipe), say=say)
     check_vocabulary(model, tokenizer)
-    return with_value_head(recipe, model)
+    return model if head is None else RewardModel(model, head)
 
 
 def with_value_head(recipe: Recipe, model: nn.Module) -> nn.Module:
     """In stage rm the model with the value head of the last folder that it comes from, if one lies there."""
-    folders = [str(recipe.model.model_name_or_path), *adapter_folders(recipe.model.checkpoint_dir)]
-    if recipe.run.stage != "rm" or not has_head(folders[-1]):
+    folder = last_folder(recipe)
+    if recipe.run.stage != "rm" or not has_head(folder):
         return model  # a trainer of rewards begins a new one
-    return RewardModel(model, read_head(folders[-1]))
+    return RewardModel(model, read_head(folder))
+
+
+def last_folder(recipe: Recipe) -> str:
+    """Where the weights that came last lie: the last adapter, else the model itself."""
+    return [str(recipe.model.model_name_or_path), *adapter_folders(recipe.model.checkpoint_dir)][-1]

@@ -7,7 +7,7 @@ from tunesmith.config import TrainingFields
 from tunesmith.data.stream import FINISHED
 from tunesmith.errors import ConfigError
 from tunesmith.evaluate.generate import answer_decoding
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Recipe, resolved
 from tunesmith.runs import Run
 from tunesmith.train.curves import PER_TOKEN
 from tunesmith.train.options import SFTConfig
@@ -15,6 +15,11 @@ from tunesmith.train.reward import RewardConfig, RewardTrainer
 from tunesmith.train.sft import SFTTrainer
 
 DEFAULT_SEED = 42
+# Training options that an evaluation alone depends on.
+EVALUATING = (
+    *("bf16", "use_cpu", "padding_free", "per_device_eval_batch_size"),
+    *("max_length", "packing", "packing_strategy", "eval_packing"),
+)
 
 
 class Stage(NamedTuple):
@@ -45,6 +50,11 @@ def training_options(recipe: Recipe) -> dict[str, Any]:
     return {**STAGES[recipe.run.stage].defaults, **recipe.training}
 
 
+def saved_options(recipe: Recipe) -> dict[str, Any]:
+    """What `recipe.yaml` of a run holds: every option as it was resolved, those of the stage among them."""
+    return resolved(dataclasses.replace(recipe, training=training_options(recipe)))
+
+
 def seed_of(recipe: Recipe) -> int:
     """The seed of everything that is drawn."""
     return recipe.training.get("seed", DEFAULT_SEED)
@@ -61,14 +71,24 @@ def trainer_arguments(recipe: Recipe, folder: Run) -> SFTConfig:
     defaults = {"output_dir": str(folder.path), "seed": DEFAULT_SEED, "disable_tqdm": False}
     if recipe.data.streaming:
         defaults["dataset_kwargs"] = {"format": FINISHED, "on_bad_row": recipe.data.on_bad_row}
-    if recipe.run.stage == "rm":
-        defaults["reward_loss"] = recipe.run.reward_loss
     try:
-        return STAGES[recipe.run.stage].config(**{**defaults, **training_options(recipe)})
+        return STAGES[recipe.run.stage].config(**{**defaults, **loss_of_pairs(recipe), **training_options(recipe)})
     except ConfigError:
         raise
     except ValueError as error:  # transformers checks combinations of its own
         raise ConfigError(f"the training options contradict each other: {error}") from error
+
+
+def evaluation_arguments(recipe: Recipe, folder: str) -> SFTConfig:
+    """Arguments of a trainer that only evaluates, as it would while training."""
+    options = training_options(recipe)
+    given = {key: options[key] for key in EVALUATING if key in options} | loss_of_pairs(recipe)
+    return STAGES[recipe.run.stage].config(output_dir=folder, save_strategy="no", disable_tqdm=False, **given)
+
+
+def loss_of_pairs(recipe: Recipe) -> dict[str, str]:
+    """Which rewards stage rm compares."""
+    return {"reward_loss": recipe.run.reward_loss} if recipe.run.stage == "rm" else {}
 
 
 def decoding(recipe: Recipe) -> dict[str, Any]:

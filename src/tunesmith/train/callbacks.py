@@ -345,19 +345,20 @@ class _FiguresColumn(ProgressColumn):
         return Text(" · ".join(text for _, text in parts), no_wrap=True, overflow="ellipsis")
 
 
-def use_progress(trainer: Any, callback: ProgressCallback) -> None:
-    """Put `callback` in the place of the progress callbacks that transformers gave the trainer."""
+def use_progress(trainer: Any, callback: ProgressCallback | None) -> None:
+    """Put `callback`, or nothing, in the place of the progress callbacks that transformers gave the trainer."""
     from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_callback import ProgressCallback as TransformersProgressCallback
 
     trainer.remove_callback(TransformersProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(callback)
+    if callback is not None:
+        trainer.add_callback(callback)
 
 
 def progress_line(step: int, total_steps: int, logs: Mapping[str, Any], pace: Pace) -> str:
     """One plain line, e.g. `step 12/90 · loss 0.834 · grad norm 1.20 · lr 9.1e-04 · 412 tokens/s · 0:35 left`."""
-    parts = [f"step {step}/{total_steps}"]
+    parts = [f"step {step}/{total_steps}"] if total_steps else []  # nothing is trained
     for key, label, form in (
         ("loss", "loss", ".3f"),
         ("eval_loss", "eval loss", ".3f"),

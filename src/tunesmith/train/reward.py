@@ -121,7 +121,8 @@ class RewardTrainer(EvaluatingTrainer):
         self.tokenizer = tokenizer_in(processing_class)
         check_vocabulary(base, self.tokenizer)
         base = adapted(base, args, peft_config, self.tokenizer, self.choices.append)
-        check_trainable(base)
+        if train_dataset is not None:
+            check_trainable(base)
         self._num_embeddings = num_embeddings(base)
         self.args, self.max_length = args, longest_row(args, base, self.tokenizer)
         train_dataset = self._prepared("train_dataset", train_dataset)
@@ -181,7 +182,8 @@ class RewardTrainer(EvaluatingTrainer):
         self.choices.append(
             f"batches: {said}; chosen and rejected answers in one" + f" ({support.why})" * bool(support.why)
         )
-        self.choices.append(f"{trainable_line(self.model)} (the value head's included)")
+        if self.train_dataset is not None:
+            self.choices.append(f"{trainable_line(self.model)} (the value head's included)")
         return support
 
     # ---- batches -----------------------------------------------------------------------------------------------
@@ -285,17 +287,19 @@ class RewardTrainer(EvaluatingTrainer):
         rows = [row for parts in zip(*ranks) for part in parts for row in part]  # a batch is shared out rank by rank
         return float(self.accelerator.reduce(losses, "sum")), np.array(rows, dtype=np.float32).reshape(-1, 2)
 
-    def save_predictions(self, output: Any, folder: str | Path | None = None) -> None:
-        """Write what `predict` returned as `generated_predictions.jsonl` into `folder` (`output_dir`), on rank 0.
+    def save_predictions(self, output: Any, path: str | Path | None = None) -> Path:
+        """Write what `predict` returned, on rank 0, into a file: `generated_predictions.jsonl` in `output_dir`.
 
         Lines are `{"index", "chosen", "rejected"}` in the order of the dataset, scores rounded to 2 digits.
         """
+        path = Path(path or Path(self.args.output_dir) / PREDICTIONS_FILE)
         if self.is_world_process_zero():
             lines = (
                 json.dumps({"index": int(index), "chosen": round(float(good), 2), "rejected": round(float(bad), 2)})
                 for index, good, bad in zip(output.label_ids, *output.predictions)
             )
-            write_text(Path(folder or self.args.output_dir) / PREDICTIONS_FILE, "".join(f"{line}\n" for line in lines))
+            write_text(path, "".join(f"{line}\n" for line in lines))
+        return path
 
     # ---- saving and loading ------------------------------------------------------------------------------------
 

@@ -1,0 +1,143 @@
+"""Whole runs, used again as a person would: what a command says of a run directory, and what a start leaves behind."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from tests.workplace import PAIRS, call, write_recipe, write_rows
+from tunesmith.deliver.merge import merge
+
+TEXTS = [f"{'A spider has eight legs. ' * length}" for length in (3, 5, 8, 2, 9, 4)]
+
+
+def figures(folder) -> dict:
+    return json.loads((folder / "all_results.json").read_text())
+
+
+def eval_loss(output: str) -> str:
+    return re.search(r"^loss +(\d+\.\d{4})$", output, re.MULTILINE)[1]
+
+
+def train(folder, name, *words, **options):
+    write_recipe(folder / f"{name}.yaml", **{"compare_rows": 0, "output_dir": name, **options})
+    return call("train", f"{name}.yaml", *words)
+
+
+def write_pairs(path):
+    rows = [
+        {"prompt": f"say {word}", "chosen": f"yes, {word}", "rejected": f"no {word}!"}
+        for word in ("one", "two", "three", "four", "five", "six")
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ---- a run directory, used again ---------------------------------------------------------------------------------
+
+
+# workflow: W3 P3
+def test_a_run_of_stage_pt_repeats_and_is_evaluated_in_blocks_as_it_was(workplace):
+    (workplace / "texts.txt").write_text("\n".join(TEXTS))
+    how = {"stage": "pt", "dataset": "texts.txt", "eval_dataset": "texts.txt", "max_length": 32}
+    train(workplace, "one", **how)
+    call("train", "one/recipe.yaml", "--output_dir", "again")
+    one, other = ((workplace / name / "adapter_model.safetensors").read_bytes() for name in ("one", "again"))
+    assert one == other
+    assert yaml.safe_load((workplace / "one" / "recipe.yaml").read_text())["packing_strategy"] == "blocks"
+    assert eval_loss(call("eval", "one")) == f"{figures(workplace / 'one')['eval_loss']:.4f}"
+
+
+# workflow: M9 W6
+def test_a_reward_model_scores_pairs_again_and_does_not_chat(workplace):
+    write_pairs(workplace / "pairs.jsonl")
+    how = {"stage": "rm", "dataset": "pairs.jsonl", "eval_dataset": None, "val_size": 2, "do_train": True}
+    output = train(workplace, "rm", do_eval=True, do_predict=True, reward_loss="span", **how)
+    assert "tunesmith eval rm --eval_dataset FILE" in output
+    scores = (workplace / "rm" / "generated_predictions.jsonl").read_text()
+    assert eval_loss(call("eval", "rm")) == f"{figures(workplace / 'rm')['eval_loss']:.4f}"
+    call("predict", "rm", "--output", "scores.jsonl")
+    assert (workplace / "scores.jsonl").read_text() == scores
+    assert "rm is a reward model: it scores answers and writes none" in call("chat", "rm", code=2)
+
+
+# workflow: M9 W6
+def test_a_recipe_scores_pairs_with_a_trained_reward_adapter(workplace):
+    write_pairs(workplace / "pairs.jsonl")
+    train(workplace, "rm", stage="rm", dataset="pairs.jsonl", eval_dataset=None)
+    parts = {"do_eval": True, "do_predict": True, "checkpoint_dir": "rm", "dataset": None}
+    output = train(workplace, "scored", stage="rm", eval_dataset="pairs.jsonl", max_steps=None, lora_r=None, **parts)
+    assert len((workplace / "scored" / "generated_predictions.jsonl").read_text().splitlines()) == 6
+    assert {"eval_accuracy", "predict_accuracy"} <= figures(workplace / "scored").keys()
+    assert "trained parameters" not in output
+    refused = call("train", "scored.yaml", "--checkpoint_dir", "none", "--output_dir", "other", code=2)
+    assert "none" in refused
+    call("train", "recipe.yaml", "--output_dir", "sft")
+    refused = call("train", "scored.yaml", "--checkpoint_dir", "sft", "--output_dir", "other", code=2)
+    assert "sft: holds no value_head.safetensors, so it is no reward model" in refused
+
+
+# workflow: M8 M3
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_a_run_that_began_at_a_checkpoint_is_evaluated_as_what_it_became(workplace, adapter):
+    rank = {"lora_r": 4 if adapter == "lora" else None, "learning_rate": 0.01, "adapter": adapter}
+    train(workplace, "first", **rank)
+    train(workplace, "second", checkpoint_dir="first", **rank)
+    again, first = (f"{figures(workplace / name)['eval_loss']:.4f}" for name in ("second", "first"))
+    assert eval_loss(call("eval", "second")) == again != first
+    call("predict", "second", "--output", "answers.jsonl")
+    if adapter == "lora":
+        merge("second", "merged")
+        assert eval_loss(call("eval", "merged", "--eval_dataset", "heldout.jsonl", "--bf16", "false")) == again
+
+
+# workflow: R5
+def test_what_val_size_held_out_is_evaluated_again_and_said(workplace):
+    train(workplace, "run", eval_dataset=None, val_size=1)
+    output = call("eval", "run")
+    assert "the examples that val_size: 1 holds out of dataset" in output
+    assert eval_loss(output) == f"{figures(workplace / 'run')['eval_loss']:.4f}"
+    call("predict", "run", "--output", "answers.jsonl")
+    assert len((workplace / "answers.jsonl").read_text().splitlines()) == 1
+    call("eval", "run", "--eval_dataset", "heldout.jsonl")  # a set of its own wins
+
+
+# workflow: D7 R5
+def test_what_a_stream_held_out_is_not_guessed(workplace):
+    train(workplace, "run", eval_dataset=None, val_size=1, streaming=True)
+    assert "eval_dataset is not set" in call("eval", "run", code=2)
+
+
+def test_figures_stand_in_one_column_and_no_dict_is_printed(workplace):
+    call("train", "recipe.yaml")
+    output = call("eval", "run")
+    lines = [line for line in output.splitlines() if re.match(r"(loss|perplexity|mean token accuracy|entropy) ", line)]
+    assert len({re.search(r"\d", line).start() for line in lines}) == 1
+    assert len(lines) == 4
+    assert "{" not in output
+
+
+# ---- what a start leaves behind ----------------------------------------------------------------------------------
+
+
+# workflow: V11
+def test_a_start_that_failed_over_its_data_leaves_the_report_and_is_begun_anew(workplace):
+    good = (workplace / "train.jsonl").read_text()
+    (workplace / "train.jsonl").write_text(good + '{"messages": []}\n' * 9)
+    output = call("train", "recipe.yaml", "--on_bad_row", "skip", code=3)
+    assert "9 of 25 rows (36.0 %) would be dropped" in output
+    report = json.loads((workplace / "run" / "data_report.json").read_text())["train"]
+    assert len(report["dropped_rows"]) == 9
+    (workplace / "train.jsonl").write_text(good)
+    call("train", "recipe.yaml")
+
+
+# workflow: W4
+def test_prompts_that_are_asked_are_counted_as_kept(workplace):
+    write_rows(workplace / "more.jsonl", PAIRS)
+    train(
+        workplace, "asked", do_predict=True, predict_with_generate=True, eval_dataset="more.jsonl", dataset=None,
+        max_steps=None, lora_r=None, metrics="exact_match",
+    )  # fmt: skip
+    report = json.loads((workplace / "asked" / "data_report.json").read_text())["evaluation"]
+    assert report["rows"] == {"read": 4, "kept": 4, "dropped": 0}
