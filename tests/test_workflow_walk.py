@@ -141,3 +141,65 @@ def test_prompts_that_are_asked_are_counted_as_kept(workplace):
     )  # fmt: skip
     report = json.loads((workplace / "asked" / "data_report.json").read_text())["evaluation"]
     assert report["rows"] == {"read": 4, "kept": 4, "dropped": 0}
+
+
+# ---- what a person reads -----------------------------------------------------------------------------------------
+
+
+def test_a_place_for_answers_is_made_or_refused_before_the_model_loads(workplace):
+    call("predict", "model", "--eval_dataset", "heldout.jsonl", "--output", "new/folder/answers.jsonl")
+    assert len((workplace / "new" / "folder" / "answers.jsonl").read_text().splitlines()) == 3
+    words = ("--eval_dataset", "heldout.jsonl", "--output", "train.jsonl/answers.jsonl")
+    assert "--output: cannot write train.jsonl/answers.jsonl" in call("predict", "model", *words, code=2)
+
+
+# workflow: W4
+def test_a_prompt_that_the_model_cannot_read_is_told_before_the_training(workplace):
+    write_rows(workplace / "long.jsonl", [("word " * 500, "red"), *PAIRS])
+    how = {"eval_dataset": "long.jsonl", "max_drop_ratio": 0.5, "do_train": True, "do_predict": True}
+    write_recipe(workplace / "long.yaml", compare_rows=0, predict_with_generate=True, metrics="exact_match", **how)
+    output = call("train", "long.yaml", code=3)
+    assert re.search(r"long\.jsonl:1: its prompt has \d+ tokens, but the model reads 2048", output)
+    assert "step 1/3" not in output
+    call("train", "long.yaml", "--max_source_length", "64", "--overwrite_output_dir", "--do_eval", "false")
+
+
+# workflow: T5
+def test_a_template_that_does_not_exist_is_a_mistake_of_the_recipe(workplace):
+    assert "Did you mean 'alpaca'?" in call("check", "recipe.yaml", "--template", "alpacca", code=2)
+
+
+def test_a_table_of_reasons_says_what_was_wrong_with_the_first_row(workplace):
+    output = call("check", "recipe.yaml", "--max_length", "12", code=3)
+    assert re.search(r"no-trained-token +16 rows +train\.jsonl:1, 2", output)
+    assert re.search(r"train\.jsonl:1: .*max_length", output)
+
+
+def test_columns_that_are_there_and_null_are_said_to_be(workplace):
+    (workplace / "null.jsonl").write_text('{"instruction": "q", "output": null}\n' * 3)
+    output = call("check", "recipe.yaml", "--dataset", "null.jsonl", code=3)
+    assert "output holds nothing (null)" in output
+    assert "columns: {}" not in output
+
+
+# workflow: D1
+def test_an_entry_of_the_registry_whose_file_is_missing_is_named(workplace):
+    (workplace / "data").mkdir()
+    write_rows(workplace / "data" / "mine.jsonl", PAIRS)
+    entry = {"file_name": "mina.jsonl", "formatting": "sharegpt"}
+    (workplace / "data" / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    output = call("check", "recipe.yaml", "--dataset", "mine", code=3)
+    assert "dataset mine: its entry in dataset_info.json names data/mina.jsonl, which is not there" in output
+    assert "Did you mean 'mine.jsonl'?" in output
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_of_the_recipe(workplace, monkeypatch):
+    monkeypatch.setattr("tunesmith.steps.options.get_available_reporting_integrations", list)
+    output = call("train", "recipe.yaml", "--report_to", "wandb", code=2)
+    assert "report_to: wandb is not installed. Install it: pip install wandb" in output
+
+
+def test_a_val_size_that_leaves_nothing_and_a_folder_for_a_recipe_say_so(workplace):
+    write_recipe(workplace / "all.yaml", eval_dataset=None, val_size=16, compare_rows=0)
+    assert "val_size: 16 holds out 16 of 16 rows" in call("train", "all.yaml", code=3)
+    assert "model is a folder. Name a .yaml or .json file" in call("train", "model", code=2)

@@ -129,6 +129,8 @@ def report(error: BaseException, door: Door) -> int:
     typer.echo(f"{type(error).__name__}: {error}", err=True)
     if isinstance(error, TunesmithError):
         return error.exit_code
+    if isinstance(error, ImportError) and "pip install" in str(error):  # an option that needs another package
+        return 2
     if not door.show_traceback:
         typer.echo(f"This is not a mistake in your recipe. The traceback is in {crash_file(error, door)}.", err=True)
     return 1

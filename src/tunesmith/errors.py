@@ -2,6 +2,7 @@
 
 TunesmithError
 ├── ConfigError       exit code 2   a recipe, a flag, an argument, a folder that is in the way
+│   └── UnknownTemplateError        a chat template's name (a TemplateError, too)
 ├── DataError         exit code 3   a file, a row, a column; nothing left to train
 │   └── TemplateError exit code 3   a chat template that cannot tell what to train
 ├── CheckpointError   exit code 4   a checkpoint that is damaged or belongs to another run
@@ -39,6 +40,10 @@ class DataError(TunesmithError, ValueError):
 
 class TemplateError(DataError):
     """A chat template cannot render a conversation, or cannot tell which part of it the loss covers."""
+
+
+class UnknownTemplateError(ConfigError, TemplateError):
+    """A recipe names a chat template that does not exist."""
 
 
 class CheckpointError(TunesmithError):

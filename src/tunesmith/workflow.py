@@ -27,7 +27,7 @@ from tunesmith.ranks import first_decides, is_first_process, join_processes
 from tunesmith.recipe import Recipe, load_recipe, phases
 from tunesmith.resume import Beginning, begin, is_complete, repeatable
 from tunesmith.runs import COMPARED_FILES, DATA_REPORT_FILE, PREDICTIONS_FILE, Run
-from tunesmith.steps.answers import answered, written_metric
+from tunesmith.steps.answers import answered, check_prompts, written_metric
 from tunesmith.steps.data import Prepared, after_stream, check_data, prepare_data, report_json, show_data
 from tunesmith.steps.figures import training_figures
 from tunesmith.steps.model import tokenizer_of, trainable_model, usable_model
@@ -129,6 +129,8 @@ def run_training(
     recipe: Recipe, trainer: Any, data: Prepared, metric: Any, folder: Run, checkpoint: Path | None, console: Console
 ) -> None:
     """Train and save the model, with the compared answers from before and after."""
+    if recipe.run.stage == "sft" and (phases(recipe).predict or trainer.args.predict_with_generate):
+        check_prompts(recipe, trainer.model, trainer.processing_class, data.held_out)
     before = compare(recipe, trainer, data, metric, folder, "before", console)
     output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     figures = training_figures(trainer, output.metrics)
@@ -289,10 +291,21 @@ def predict(recipe: Recipe, output: Path = Path(PREDICTIONS_FILE)) -> dict[str, 
     """Answer every held-out prompt, or score every held-out pair, into a JSON-lines file."""
     console = own_console(recipe)
     recipe = only(recipe, do_predict=True)
+    make_room(output)
     metrics = scored_pairs(recipe, output, console) if recipe.run.stage == "rm" else asked(recipe, output, console)
     show_figures(metrics, console)
     console.out(f"answers: {output}", highlight=False)
     return metrics
+
+
+def make_room(output: Path) -> None:
+    """The folder of a file that is to be written; raises ConfigError before anything is loaded for nothing."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with open(output, "ab"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write {output}: {error.strerror or error}. Name another file.") from error
 
 
 @contextlib.contextmanager

@@ -179,7 +179,9 @@ def test_no_rows_at_all_is_an_error():
 def test_too_many_dropped_rows_are_an_error_that_says_how_to_allow_them():
     report = filled()
     with pytest.raises(
-        DataError, match=r"7 of 20 rows \(35\.0 %\) .*allows 5 %\.\n  too-long .*\n.*\n.*max_drop_ratio: 0\.35"
+        DataError,
+        match=r"7 of 20 rows \(35\.0 %\) .*allows 5 %\.\n  too-long .*\n.*\n"
+        r"  a\.jsonl:1: 900 tokens\n.*\n.*max_drop_ratio: 0\.35",
     ):
         report.check(0.05)
     report.check(0.35)

@@ -65,7 +65,8 @@ class Chat:
             raise refusal(
                 where,
                 "the tokenizer has no chat template, so messages cannot be rendered. Set chat_template: to a Jinja "
-                "file, or take a model that has one (names of chat models often end in -Instruct)",
+                "file or a name (default, alpaca and vicuna need no special tokens), or take a model that has one "
+                "(names of chat models often end in -Instruct)",
             )
         try:
             template = tokenizer.get_chat_template(chat_template, tools)

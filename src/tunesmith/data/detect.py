@@ -90,9 +90,14 @@ def _no_format(row: Row, columns: Mapping[str, str] | None, stage: str) -> str:
         known = "; ".join(f"{name} ({_names(format.columns)})" for name, format in formats.items())
         return f"{found}. Known: {known}. Name yours in columns: {{prompt: ..., completion: ...}}, or {choose}."
     nearest = max(formats, key=lambda name: _nearness(formats[name], present))
+    wanted = _names(formats[nearest].columns)
+    if null := [ours for ours in formats[nearest].columns if ours in value and value[ours] is None]:
+        return (
+            f"{found}, of which {_names(null)} hold{'s' * (len(null) == 1)} nothing (null). The closest is {nearest} "
+            f"({wanted}). Write the values, or {choose}."
+        )
     guesses = {ours: _guess(ours, present) for ours in formats[nearest].columns if ours not in present}
     renames = ", ".join(f"{ours}: {visible(theirs or '...', 40)}" for ours, theirs in guesses.items())
-    wanted = _names(formats[nearest].columns)
     hint = "".join(did_you_mean(theirs, [ours]) for ours, theirs in guesses.items() if theirs)
     return f"{found}. The closest is {nearest} ({wanted}).{hint} Set columns: {{{renames}}}, or {choose}."
 

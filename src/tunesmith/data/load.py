@@ -147,7 +147,7 @@ def split_rows(rows: Sequence[T], val_size: float, seed: int) -> tuple[list[T], 
     num_held_out = int(val_size) if val_size >= 1 else max(1, round(val_size * len(rows)))
     if num_held_out >= len(rows):
         raise DataError(
-            f"val_size: {val_size} holds out {num_held_out} of {len(rows)} rows, so none is left to train on. "
+            f"val_size: {val_size:g} holds out {num_held_out} of {len(rows)} rows, so none is left to train on. "
             "Lower it, or name held-out files with eval_dataset."
         )
     held_out = set(random.Random(seed).sample(range(len(rows)), num_held_out))

@@ -145,7 +145,7 @@ class Report:
 
         Raises: DataError that names the reasons and their first rows.
         """
-        reasons = "\n".join(f"  {line}" for line in _reason_lines(self.drops))
+        reasons = "\n".join(f"  {line}" for line in [*_reason_lines(self.drops), *_first_details(self.drops)])
         if self.read == 0:
             raise DataError("no rows were read, so there is nothing to train on. Check what dataset names.")
         if self.kept == 0:
@@ -274,6 +274,14 @@ def _reason_lines(problems: Iterable[Problem]) -> list[str]:
         + ", ..." * (entry["rows"] > NUM_FIRST)
         for reason, entry in entries.items()
     ]
+
+
+def _first_details(problems: Iterable[Problem]) -> list[str]:
+    """What was wrong with the first row of each reason."""
+    first: dict[str, Problem] = {}
+    for problem in problems:
+        first.setdefault(problem.reason, problem)
+    return [f"{place(row.source, row.line)}: {visible(row.detail, 200)}" for row in first.values() if row.detail]
 
 
 def _places(first: Iterable[Mapping[str, Any]]) -> Iterator[str]:

@@ -62,6 +62,8 @@ def check_source(source: Source, how: Reading) -> None:
     if not source.is_registered:
         return
     where = f"dataset {visible(source.name, 80)}"
+    if not source.is_hub and not os.path.exists(source.place):
+        raise DataError(f"{where}: its entry in {FILE} names {source.place}, which is not there.{near(source.place)}")
     if "kto_tag" in source.columns:
         raise ConfigError(
             f"{where} marks single answers as good or bad (kto_tag in {FILE}), which no stage trains on. Leave "
@@ -84,6 +86,12 @@ def check_source(source: Source, how: Reading) -> None:
             f"{where} has no answers: its entry in {FILE} names columns, but no response. Name it there, or set "
             "stage: pt to learn the text of its prompt column."
         )
+
+
+def near(path: str) -> str:
+    """The file beside a missing one that may have been meant."""
+    folder, name = os.path.split(path)
+    return did_you_mean(name, os.listdir(folder) if os.path.isdir(folder) else [])
 
 
 def source_rows(source: Source, report: Report, streaming: bool = False) -> Iterator[Row | RowError]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tunesmith.data.layout import Template
 from tunesmith.data.template_table import ALIASES, TEMPLATES
 from tunesmith.data.tokenize import added_tokens
-from tunesmith.errors import TemplateError
+from tunesmith.errors import TemplateError, UnknownTemplateError
 from tunesmith.lookup import did_you_mean
 
 if TYPE_CHECKING:
@@ -73,11 +73,11 @@ def read_template(chat_template: str) -> str:
     raise unknown_template(chat_template)
 
 
-def unknown_template(name: str) -> TemplateError:
+def unknown_template(name: str) -> UnknownTemplateError:
     """The error for something that is neither a template's name nor a file."""
     if "/" in name or "\\" in name or name.endswith((".jinja", ".jinja2", ".j2", ".txt")):
-        return TemplateError(f"chat_template: there is no file {name}, and it is no Jinja text (no '{{{{').")
-    return TemplateError(
+        return UnknownTemplateError(f"chat_template: there is no file {name}, and it is no Jinja text (no '{{{{').")
+    return UnknownTemplateError(
         f"chat_template: there is no template {name!r}, and no such file.{did_you_mean(name, [*TEMPLATES, *ALIASES])} "
         "Leave chat_template (template) out, and the model's own tokenizer says how chats are written, as those of "
         f"most chat models do. Known: {', '.join(sorted(TEMPLATES))}."

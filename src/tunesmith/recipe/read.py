@@ -20,7 +20,9 @@ def read_file(path: Path, problems: Problems) -> list[Given]:
     """The keys of a recipe file, with their lines."""
     reader = READERS.get(path.suffix.lower())
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+        what = "does not exist"
+        if path.is_dir():
+            what = f"is a folder. Name a .yaml or .json file; a model is named by --model_name_or_path {path}"
         siblings = [str(p) for p in path.parent.glob("*") if p.suffix in READERS] if path.parent.is_dir() else []
         raise ConfigError(f"the recipe {path} {what}.{did_you_mean(str(path), siblings)}")
     if reader is None:

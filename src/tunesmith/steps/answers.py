@@ -8,9 +8,10 @@ from rich.console import Console
 from torch import nn
 
 from tunesmith.data.normalize import Example
+from tunesmith.evaluate.generate import context_length
 from tunesmith.evaluate.metrics import metrics_for
 from tunesmith.evaluate.predict import predict as answer
-from tunesmith.evaluate.questions import expected_texts
+from tunesmith.evaluate.questions import ask, expected_texts, fitted
 from tunesmith.recipe import Recipe
 from tunesmith.steps.data import Prepared
 from tunesmith.steps.options import decoding, seed_of
@@ -20,6 +21,14 @@ def written_metric(recipe: Recipe, data: Prepared) -> Any:
     """What scores written answers; a name or a package that is missing is told here, before the model loads."""
     default = "bleu_rouge" if recipe.training.get("predict_with_generate") else "exact_match"
     return metrics_for(recipe.run.metrics, default, references=expected_texts(data.held_out))
+
+
+def check_prompts(recipe: Recipe, model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> None:
+    """Raise DataError for a prompt that the model could not read: before the training, not after it."""
+    if recipe.training.get("max_source_length") is None:  # which cuts such prompts
+        kwargs = recipe.training.get("chat_template_kwargs")
+        questions = [ask(example, tokenizer, None, index, kwargs) for index, example in enumerate(examples)]
+        fitted(questions, tokenizer, None, context_length(model), examples)
 
 
 def answered(

@@ -3,6 +3,11 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+
 from tunesmith.config import TrainingFields
 from tunesmith.data.stream import FINISHED
 from tunesmith.errors import ConfigError
@@ -71,12 +76,23 @@ def trainer_arguments(recipe: Recipe, folder: Run) -> SFTConfig:
     defaults = {"output_dir": str(folder.path), "seed": DEFAULT_SEED, "disable_tqdm": False}
     if recipe.data.streaming:
         defaults["dataset_kwargs"] = {"format": FINISHED, "on_bad_row": recipe.data.on_bad_row}
+    check_trackers(recipe.training.get("report_to"))
     try:
         return STAGES[recipe.run.stage].config(**{**defaults, **loss_of_pairs(recipe), **training_options(recipe)})
     except ConfigError:
         raise
     except ValueError as error:  # transformers checks combinations of its own
         raise ConfigError(f"the training options contradict each other: {error}") from error
+
+
+def check_trackers(report_to: str | list[str] | None) -> None:
+    """Raise ConfigError for a tracker whose package is not installed."""
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    known = get_available_reporting_integrations()
+    if missing := [name for name in names if name in INTEGRATION_TO_CALLBACK and name not in known]:
+        raise ConfigError(
+            f"report_to: {missing[0]} is not installed. Install it: pip install {missing[0]}; or set report_to: none."
+        )
 
 
 def evaluation_arguments(recipe: Recipe, folder: str) -> SFTConfig:
