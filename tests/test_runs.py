@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tunesmith.errors import ConfigError
-from tunesmith.runs import RECIPE_HEADER, Run, prepare_output_dir, read_metrics, read_status, redact
+from tunesmith.runs import RECIPE_HEADER, Run, prepare_output_dir, read_metrics, read_status, redact, shared_output_dir
 
 
 def files(path):
@@ -36,6 +36,13 @@ def test_a_file_in_the_way_is_named(tmp_path):
         prepare_output_dir(tmp_path / "out", overwrite=True)
     with pytest.raises(ConfigError, match=r"cannot write to .*: Not a directory"):
         prepare_output_dir(tmp_path / "out" / "below", overwrite=False)
+
+
+def test_figures_go_beside_what_a_folder_holds_but_not_into_a_file(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert files(shared_output_dir(tmp_path)) == ["mine.txt"]
+    with pytest.raises(ConfigError, match=r"cannot write to .*mine\.txt: it is a file"):
+        shared_output_dir(tmp_path / "mine.txt")
 
 
 def test_another_run_is_described_and_both_ways_out_are_named(tmp_path):

@@ -149,6 +149,17 @@ def _trained_nothing(path: Path, found: list[str]) -> bool:
     return state in ("failed", "interrupted") and BEFORE_TRAINING.issuperset(found)
 
 
+def shared_output_dir(path: str | Path) -> Path:
+    """A writable folder for figures beside whatever it holds; made if there is none. Raises: ConfigError if not."""
+    path = Path(path).expanduser()
+    try:
+        _make_writable_folder(path)
+    except OSError as error:
+        reason = "it is a file" if path.is_file() else error.strerror or error
+        raise ConfigError(f"output_dir: cannot write to {path}: {reason}. Choose another --output_dir.") from error
+    return path
+
+
 def _make_writable_folder(path: Path) -> None:
     probe = path / f".write-test-{os.getpid()}"
     path.mkdir(parents=True, exist_ok=True)

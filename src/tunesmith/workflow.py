@@ -26,7 +26,7 @@ from tunesmith.model.saved import save_arguments
 from tunesmith.ranks import first_decides, is_first_process, join_processes
 from tunesmith.recipe import Recipe, load_recipe, phases
 from tunesmith.resume import Beginning, begin, is_complete, repeatable
-from tunesmith.runs import COMPARED_FILES, DATA_REPORT_FILE, PREDICTIONS_FILE, Run
+from tunesmith.runs import COMPARED_FILES, DATA_REPORT_FILE, PREDICTIONS_FILE, Run, shared_output_dir
 from tunesmith.steps.answers import answered, check_prompts, written_metric
 from tunesmith.steps.data import Prepared, after_stream, check_data, prepare_data, report_json, show_data
 from tunesmith.steps.figures import training_figures
@@ -106,8 +106,7 @@ def open_run(recipe: Recipe) -> tuple[Run, Path | None, bool]:
     """
     output_dir = recipe.training.get("output_dir") or TrainingFields.output_dir
     if not phases(recipe).train:
-        Path(output_dir).expanduser().mkdir(parents=True, exist_ok=True)
-        return Run(Path(output_dir).expanduser(), writes=is_first_process()), None, False
+        return Run(shared_output_dir(output_dir), writes=is_first_process()), None, False
     found, complete = first_decides(lambda: beginning(recipe, output_dir))
     folder = Run(found.folder, writes=is_first_process())
     if found.checkpoint is None:
