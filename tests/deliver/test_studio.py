@@ -268,6 +268,7 @@ except KeyboardInterrupt:
 def stub(folder, monkeypatch):
     """A `python -m tunesmith train` that writes a status and waits, so that no test trains for seconds."""
     (folder.parent / "tunesmith").mkdir()
+    (folder.parent / "tunesmith" / "__init__.py").touch()  # without it, an installed tunesmith would be found instead
     (folder.parent / "tunesmith" / "__main__.py").write_text(STUB)
     monkeypatch.setenv("PYTHONPATH", str(folder.parent.resolve()))
     monkeypatch.setenv(access.TOKEN_VARIABLE, "a-token")
@@ -341,7 +342,6 @@ def test_training_goes_on_without_the_server_and_a_new_one_finds_it(folder, stub
     )
     source = str(Path(launch.__file__).parents[3])
     env = {**os.environ, "PYTHONPATH": source}
-    (folder.parent / "tunesmith" / "__init__.py").touch()  # the child's working directory comes first for -m
     killed = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     pid = int(killed.stdout)
