@@ -1,10 +1,13 @@
 """Fixtures that all tests share; `tests/tiny.py` builds variants."""
 
 import os
+import signal
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TUNESMITH_CACHE", "off")  # nothing of a test stays in the user's cache folder
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # under `nohup`, and what is started from here would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from hypothesis import settings

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 TRAINING_FILE, HELD_OUT_FILE = "training_loss.png", "training_eval_loss.png"
 TRAINING, HELD_OUT = "#1f5a87", ("#d1495b", "#3d8f66", "#8a5fb0", "#b8860b", "#4a7d8c", "#7a4b3a")
 PALE = "#9db4c8"
+AVERAGED_FROM = 8  # points
 PER_TOKEN = "nats per trained token"
 EVAL_LOSS = re.compile(r"eval_(?:(?P<name>.+)_)?loss")
 
@@ -91,10 +92,10 @@ def _picture(path: Path, title: str, unit: str, training: Points, held_out: Mapp
 
 
 def _draw(axes: "Axes", points: Points, label: str, colour: str, pale: str) -> None:
-    """Every logged loss in a pale colour, the moving average over it."""
+    """Every logged loss in a pale colour, the moving average over it; of a few points there is nothing to average."""
     steps, values = zip(*points)
     dots = {"marker": ".", "markersize": 5} if len(steps) <= 200 else {}
-    if len(steps) <= 2:
+    if len(steps) < AVERAGED_FROM:
         axes.plot(steps, values, color=colour, linewidth=1.6, label=_last(label, points), zorder=2, **dots)
         return
     axes.plot(steps, values, color=pale, linewidth=0.8, alpha=0.7, label=label, zorder=2, **dots)
