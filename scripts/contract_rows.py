@@ -4,8 +4,9 @@
     python scripts/contract_rows.py path/to/contract.md trainer    # the rows of a contract file ...
     python scripts/contract_rows.py path/to/contract.md trainer --write    # ... which are kept
 
-A contract is Markdown; its rows are those of its tables whose first column is an id such as `A1`. A test claims rows
-by a comment directly above it: `# trainer: D3 D5`. Exit code 1 if a row has no test, if a test claims a row that the
+A contract is Markdown; its rows are those of its tables whose first column is an id such as `A1`, and the numbered
+items below a heading "Acceptance list". A test claims rows by a comment directly above it: `# trainer: D3 D5` or
+`# reliability: 37, 38`. Exit code 1 if a row has no test, if a test claims a row that the
 contract does not have, or if such a comment stands above no test.
 """
 
@@ -19,6 +20,8 @@ from typing import NamedTuple
 
 TESTS = Path(__file__).parent.parent / "tests"
 ROW = re.compile(r"\|\s*([A-Z]+[0-9]+)\s*\|")
+ITEM = re.compile(r"([0-9]+)\. ")
+IDS = "((?:[ ,]+[A-Z]*[0-9]+)+)"
 
 
 class Claims(NamedTuple):
@@ -53,8 +56,12 @@ def main() -> int:
 
 
 def contract_rows(text: str) -> list[str]:
-    """Ids in the first column of the tables of a contract, in their order."""
-    found = (ROW.match(line) for line in text.splitlines())
+    """Ids in the first column of the tables of a contract, and numbers of its acceptance list, in their order."""
+    found, kind = [], ROW
+    for line in text.splitlines():
+        if line.startswith("#"):
+            kind = ITEM if "acceptance list" in line.lower() else ROW
+        found.append(kind.match(line))
     return list(dict.fromkeys(match[1] for match in found if match))
 
 
@@ -67,7 +74,7 @@ def find_claims(folder: Path, word: str) -> Claims:
         starts = dict(test_starts(ast.parse(text)))
         lines = text.splitlines()
         for number, line in enumerate(lines, 1):
-            match = re.match(rf"\s*# {re.escape(word)}:((?: [A-Z]+[0-9]+)+)\s*$", line)
+            match = re.match(rf"\s*# {re.escape(word)}:{IDS}\s*$", line)
             if match is None:
                 continue
             below = number + 1
@@ -76,7 +83,7 @@ def find_claims(folder: Path, word: str) -> Claims:
             if below not in starts:
                 claims.stray.append(f"{name}:{number}")
                 continue
-            for row in match[1].split():
+            for row in re.split("[ ,]+", match[1].strip()):
                 claims.tests.setdefault(row, []).append(f"{name}::{starts[below]}")
     return claims
 

@@ -22,6 +22,21 @@ CONTRACT = """
 Text about A3 and | A4 | in the middle.
 """
 
+LIST = """
+## Rules
+4. a rule
+
+# 5. Acceptance list (offline)
+1. For every k in 1..30:
+   2 rows
+**B. More**
+37. Roles
+38. Mixed formats
+
+# 6. Notes
+40. none
+"""
+
 TESTS = """
 import pytest
 
@@ -64,6 +79,18 @@ def project(tmp_path, monkeypatch):
 
 def test_rows_are_the_first_columns_of_tables():
     assert script.contract_rows(CONTRACT) == ["A1", "A2", "B10"]
+
+
+def test_rows_are_the_numbers_of_the_acceptance_list():
+    assert script.contract_rows(LIST) == ["1", "37", "38"]
+
+
+def test_items_of_a_list_are_claimed_with_commas_or_without(project):
+    (project.folder / "list.md").write_text(LIST)
+    (project.folder / "tests" / "test_it.py").write_text("# word: 37, 38\n# word: 1\ndef test_all(): ...\n")
+    assert project(str(project.folder / "list.md"), "word") == 0
+    (project.folder / "tests" / "test_it.py").write_text("# word: 1 38\ndef test_two(): ...\n")
+    assert project(str(project.folder / "list.md"), "word") == 1
 
 
 def test_comments_directly_above_a_test_claim_rows(project):
