@@ -84,6 +84,7 @@ def test_part_of_the_data_can_be_held_out(workplace):
     assert "4 rows read, 4 kept" in output
 
 
+# reliability: 46
 def test_held_out_rows_that_are_trained_on_are_named(workplace):
     assert "3 of 3 held-out examples also stand in the training data" in call("check", "recipe.yaml")
 

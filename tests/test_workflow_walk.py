@@ -171,7 +171,7 @@ def test_a_template_that_does_not_exist_is_a_mistake_of_the_recipe(workplace):
 
 def test_a_table_of_reasons_says_what_was_wrong_with_the_first_row(workplace):
     output = call("check", "recipe.yaml", "--max_length", "12", code=3)
-    assert re.search(r"no-trained-token +16 rows +train\.jsonl:1, 2", output)
+    assert re.search(r"truncated +16 rows +train\.jsonl:1, 2", output)
     assert re.search(r"train\.jsonl:1: .*max_length", output)
 
 

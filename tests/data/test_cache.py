@@ -62,6 +62,7 @@ def test_the_second_run_reads_what_the_first_made_and_reports_the_same(encode):
 
 
 # workflow: P7
+# reliability: 47
 def test_a_changed_row_template_tokenizer_or_option_is_never_read_from_the_cache(encode):
     encode()
     edited = examples()
@@ -134,6 +135,7 @@ DAMAGES = {
 
 
 # workflow: P7
+# reliability: 47
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_entry_is_made_anew_and_said(encode, tmp_path, damage):
     made, _, _ = encode()

@@ -200,6 +200,7 @@ def test_what_is_held_out_of_several_can_be_evaluated_apart(two):
     assert all(row[0] == name for name, rows in found.evaluation.items() for row in asked(rows))
 
 
+# reliability: 46
 def test_held_out_rows_that_are_trained_on_and_repeated_rows_are_noted(two, tmp_path):
     make_file(tmp_path, "c.json", alpaca(3, "a") + alpaca(3, "a"))
     make_registry(tmp_path, a=FILE, c={"file_name": "c.json"})
@@ -228,6 +229,7 @@ def test_a_val_size_that_leaves_nothing_or_is_no_number_of_rows_is_an_error(two,
         gather(two, "a,b", val_size=val_size)
 
 
+# reliability: 48
 def test_an_evaluation_set_without_rows_is_an_error(two, tmp_path):
     path = make_file(tmp_path, "empty.jsonl", [])
     with pytest.raises(DataError, match=r"empty\.jsonl is empty: it holds no rows"):

@@ -13,6 +13,7 @@ def test_of_several_formats_the_first_in_the_table_is_taken():
     assert detect_format(rows({"prompt": "x", "completion": "y", "messages": [HI, HELLO]})) == "messages"
 
 
+# reliability: 38
 def test_mixed_formats_are_named_with_two_lines():
     with pytest.raises(DataError, match=r"different formats: a\.jsonl:1 is text, a\.jsonl:3 is alpaca\."):
         detect_format(rows({"text": "x"}, {"text": "y"}, ALPACA))
@@ -22,6 +23,7 @@ def test_a_row_without_a_format_is_left_to_normalize():
     assert detect_format(rows({"txet": "x"}, {"text": "y"})) == "text"
 
 
+# reliability: 35
 @pytest.mark.parametrize(
     ("value", "message"),
     [

@@ -45,6 +45,28 @@ def test_two_threads_give_the_rows_and_the_report_of_one(monkeypatch, bpe_tokeni
     assert {problem.reason for problem in report.drops} == {"too-long", "template"}
 
 
+# reliability: 40
+@pytest.mark.parametrize("too_long", ["truncate", "truncate_left", "drop", "keep_last_turns"])
+def test_every_row_that_is_kept_trains_something_and_every_other_is_counted(bpe_tokenizer, too_long):
+    for max_length in range(1, 70, 4):
+        report, how = Report(), Encoding(max_length=max_length, too_long=too_long, on_bad_row="skip")
+        kept = [found.tokens for found in encode_batch(chats(), bpe_tokenizer, how, report)]
+        assert all(set(row["labels"][1:]) != {IGNORE_INDEX} for row in kept)
+        assert max((len(row["input_ids"]) for row in kept), default=0) <= max_length
+        assert len(kept) + report.num_dropped == 40
+        assert {problem.reason for problem in report.drops} <= {"truncated", "too-long", "template"}
+
+
+# reliability: 40
+def test_a_row_of_which_nothing_is_to_be_trained_is_not_said_to_be_truncated(byte_tokenizer):
+    turns = [{"role": "user", "content": "q" * 50}, {"role": "assistant", "content": "yes"}]
+    rows = [{"messages": [turns[0], {**turns[1], "train": train}]} for train in (True, False)]
+    for max_length, reasons in ((None, ["no-trained-token"]), (60, ["truncated", "no-trained-token"])):
+        report = Report()
+        encode_examples(rows, byte_tokenizer, report, max_length=max_length, too_long="truncate")
+        assert [problem.reason for problem in report.drops] == reasons
+
+
 # workflow: P7
 def test_each_row_says_which_example_it_was_made_of(byte_tokenizer):
     parts = encode_batches([chats()[:10], chats()[10:20]], byte_tokenizer, Encoding(**SKIP), Report())

@@ -30,6 +30,7 @@ MEANINGS = {
 }
 
 
+# reliability: 35
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_has_a_meaning_and_is_detected(format):
     value, meaning = MEANINGS[format]
@@ -39,6 +40,7 @@ def test_every_format_has_a_meaning_and_is_detected(format):
     assert FORMATS[format].doc
 
 
+# reliability: 35
 def test_a_missing_column_is_named_with_those_present_and_the_nearest():
     with pytest.raises(
         RowError, match=r"no column 'output'; the row has instruction, ouput\. Did you mean 'ouput'\?"

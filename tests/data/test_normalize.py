@@ -59,6 +59,7 @@ def test_a_train_flag_is_true_or_false():
         messages(HI, HELLO | {"train": 1})
 
 
+# reliability: 36
 @pytest.mark.parametrize(
     ("content", "reason", "message"),
     [
@@ -76,11 +77,13 @@ def test_content_that_is_no_text_is_named(content, reason, message):
     assert caught.value.reason == reason
 
 
+# reliability: 36
 def test_content_that_is_missing_is_named():
     with pytest.raises(RowError, match="turn 1 has no content"):
         messages({"role": "user"}, HELLO)
 
 
+# reliability: 36
 @pytest.mark.parametrize(
     ("turns", "found"),
     [
@@ -102,6 +105,7 @@ def test_a_turn_that_is_no_object_is_named():
         messages(HI, "hello")
 
 
+# reliability: 37
 @pytest.mark.parametrize(
     ("role", "message"),
     [
@@ -167,6 +171,7 @@ POLICY = {
 }
 
 
+# reliability: 37
 @pytest.mark.parametrize(("roles", "reason"), POLICY.items())
 def test_the_policy_on_turns(roles, reason):
     names = {"s": "system", "d": "developer", "u": "user", "a": "assistant", "t": "tool"}
@@ -179,6 +184,7 @@ def test_the_policy_on_turns(roles, reason):
     assert caught.value.reason == reason
 
 
+# reliability: 37
 def test_an_empty_answer_is_an_error_unless_it_is_not_trained():
     with pytest.raises(RowError, match="the assistant's turn 2 is empty") as caught:
         messages(HI, HELLO | {"content": " "}, HI, HELLO)
@@ -292,6 +298,7 @@ def test_what_ones_own_format_returns_is_checked(tmp_path):
 # The same example twice
 
 
+# reliability: 46
 def test_duplicates_and_overlap_are_counted_wherever_rows_came_from():
     first, again, other = (normalize(row, "text") for row in rows({"text": "x"}, {"text": "x"}, {"text": "y"}))
     assert count_duplicates([first, again, other]) == 1

@@ -14,6 +14,7 @@ from tunesmith.errors import DataError
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
 
 
+# reliability: 34
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -94,6 +95,7 @@ def test_lines_are_counted_over_blank_ones_and_array_elements_one_by_one(tmp_pat
     assert [row.line for row in load(write(tmp_path, "a.csv", b'a,b\n"x\ny",1\n\nz,2\n'))] == [2, 5]
 
 
+# reliability: 43
 def test_unicode_survives(tmp_path):
     text = "👩‍👩‍👧 e\u0301 مرحبا 你好 \u2028 \\ud83d"
     content = (json.dumps({"a": text}) + "\n" + json.dumps({"a": text}, ensure_ascii=False)).encode()
@@ -112,6 +114,7 @@ def test_a_csv_field_may_be_longer_than_the_modules_limit(tmp_path):
 # Bad files
 
 
+# reliability: 34
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -143,6 +146,7 @@ def test_a_bad_file_is_an_error_whatever_on_bad_row_says(tmp_path, name, content
     assert not isinstance(caught.value, RowError)
 
 
+# reliability: 34
 @pytest.mark.parametrize("suffix", READERS)
 def test_every_reader_says_that_an_empty_file_is_empty_or_broken(tmp_path, suffix):
     with pytest.raises(DataError, match=r"is empty|not readable as (Parquet|Arrow)"):
@@ -179,6 +183,7 @@ BAD_LINES = [
 ]
 
 
+# reliability: 33, 34
 @pytest.mark.parametrize(("line", "reason", "message"), BAD_LINES)
 def test_a_bad_line_is_named(tmp_path, line, reason, message):
     path = write(tmp_path, "a.jsonl", GOOD + GOOD + line + b"\n")
@@ -188,6 +193,7 @@ def test_a_bad_line_is_named(tmp_path, line, reason, message):
     assert caught.value.exit_code == 3
 
 
+# reliability: 33, 34
 @pytest.mark.parametrize(("line", "reason", "message"), BAD_LINES)
 def test_a_bad_line_is_skipped_and_counted(tmp_path, line, reason, message):
     report = Report()
@@ -203,6 +209,7 @@ def test_json_lines_in_a_json_file_are_named_by_line(tmp_path):
         load(write(tmp_path, "a.json", GOOD + b"\n{bad\n"))
 
 
+# reliability: 33, 34
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -227,6 +234,7 @@ def test_a_broken_array_is_named_by_line_and_column_and_never_skipped(tmp_path, 
         load(write(tmp_path, "a.json", content), on_bad_row=on_bad_row)
 
 
+# reliability: 34
 @pytest.mark.parametrize(
     ("element", "reason"),
     [
@@ -286,6 +294,7 @@ def test_excerpts_are_short_and_cannot_reach_the_terminal(tmp_path):
     assert len(message) < 250
 
 
+# reliability: 34
 def test_one_row_of_many_megabytes_is_read(tmp_path):
-    path = write(tmp_path, "a.jsonl", b'{"a": "' + b"x" * 20_000_000 + b'"}\n')
-    assert len(load(path)[0].value["a"]) == 20_000_000
+    path = write(tmp_path, "a.jsonl", b'{"a": "' + b"x" * 50_000_000 + b'"}\n')
+    assert len(load(path)[0].value["a"]) == 50_000_000

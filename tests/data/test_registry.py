@@ -217,6 +217,7 @@ def test_a_broken_entry_does_not_keep_another_from_being_read(tmp_path):
 
 
 # workflow: D1
+# reliability: 49
 @pytest.mark.parametrize(
     "name",
     ["../x.json", "a/../../x.json", "/etc/passwd", "C:\\x.json", "..\\x.json", "http://169.254.169.254/x.json",
@@ -233,6 +234,7 @@ def test_a_file_outside_the_registrys_folder_is_refused(tmp_path, name):
         gather(folder, "mine")
 
 
+# reliability: 49
 def test_a_link_inside_a_folder_of_data_that_leads_out_is_refused(tmp_path):
     make_file(tmp_path, "secret.json", alpaca(1))
     make_file(tmp_path, "data/many/a.json", alpaca(1))
@@ -250,6 +252,7 @@ def test_a_link_to_the_registrys_own_folder_is_followed(tmp_path):
     assert len(gather(tmp_path / "data", "mine").train) == 1
 
 
+# reliability: 49
 @pytest.mark.parametrize(
     "given",
     [{"hf_hub_url": name} for name in ("../a", "/etc", "http://a/b", "a/b/c", "~/a", "a/..")]

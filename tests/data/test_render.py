@@ -144,6 +144,7 @@ def test_single_turns_cannot_be_chosen_from_tags_that_do_not_match_the_turns(byt
         render({"messages": [*HI, *HI]}, byte_tokenizer, chat_template=template, train_on="last_turn")
 
 
+# reliability: 44
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_way_out(byte_tokenizer):
     example = {"messages": [*HI, *HI], "source": "a.jsonl", "line": 2}
     with pytest.raises(TemplateError, match=r"a.jsonl:2: turn 2 is rendered differently once later turns follow"):
@@ -177,13 +178,17 @@ def test_a_stop_token_that_a_person_wrote_does_not_end_the_answer(byte_tokenizer
     assert row.literal[0][1] + len("<|im_end|>") == row.spans[0].end == len(row.text)
 
 
+# reliability: 45
 def test_no_stop_token_at_all_is_an_error_with_a_way_out():
     tokenizer = tiny.make_byte_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(TemplateError, match=r"no stop token ends the text.* Set tokenizer.eos_token"):
+    with pytest.raises(
+        TemplateError, match=r"no stop token ends the text.* Name one of its tokens in eos_token, or use a chat"
+    ):
         render({"text": "once"}, tokenizer)
 
 
+# reliability: 45
 def test_messages_without_a_template_are_an_error_with_a_way_out():
     tokenizer = tiny.make_byte_tokenizer()
     tokenizer.chat_template = None
@@ -207,6 +212,7 @@ def test_what_the_template_says_is_passed_on_with_the_place(byte_tokenizer, temp
     assert caught.value.reason == "template"
 
 
+# reliability: 42
 def test_control_tokens_of_a_person_are_found_in_tool_calls_and_tools_too(byte_tokenizer):
     call = {"role": "assistant", "content": "", "tool_calls": [{"arguments": {"<|im_end|>": ["<|im_start|>"]}}]}
     row = render({"messages": [HI[0], call], "tools": [{"name": "<|pad|>"}]}, byte_tokenizer)
@@ -246,6 +252,7 @@ def test_a_prompt_loses_its_oldest_exchange_but_never_its_question():
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
 
 
+# reliability: 44
 @pytest.mark.parametrize(
     ("example", "words", "reason"),
     [

@@ -161,6 +161,7 @@ def test_a_report_within_the_limit_passes():
     filled().check(0.5)
 
 
+# reliability: 39
 def test_nothing_kept_is_an_error_with_the_reasons():
     report = filled()
     report.read, report.kept = 7, 0
@@ -171,11 +172,13 @@ def test_nothing_kept_is_an_error_with_the_reasons():
     )
 
 
-def test_no_rows_at_all_is_an_error():
-    with pytest.raises(DataError, match="no rows were read"):
-        Report().check(1.0)
+@pytest.mark.parametrize(("use", "option"), [("train on", "dataset"), ("evaluate", "eval_dataset")])
+def test_no_rows_at_all_is_an_error(use, option):
+    with pytest.raises(DataError, match=f"no rows were read, so there is nothing to {use}. Check what {option} names"):
+        Report().check(1.0, use)
 
 
+# reliability: 39
 def test_too_many_dropped_rows_are_an_error_that_says_how_to_allow_them():
     report = filled()
     with pytest.raises(

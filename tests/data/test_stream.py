@@ -197,6 +197,22 @@ def test_bad_rows_of_a_stream_stop_it_or_are_counted_once(tmp_path, caplog):
     assert caplog.text.count("is dropped (empty-answer") == 1
 
 
+# reliability: 38
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_a_row_of_another_format_far_behind_the_first_stops_a_stream(tmp_path, on_bad_row):
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path = make_file(tmp_path, "a.jsonl", [*alpaca(150), chat])
+    with pytest.raises(DataError, match=r"different formats: .*a\.jsonl:1 is alpaca, .*a\.jsonl:151 is messages"):
+        epoch(begin(tmp_path, path, on_bad_row=on_bad_row))
+
+
+def test_a_row_of_a_stream_that_lacks_a_column_of_its_format_is_a_bad_row(tmp_path):
+    path = make_file(tmp_path, "a.jsonl", [*alpaca(150), {"instruction": "q", "answer": "a"}])
+    with pytest.raises(DataError, match=r"a\.jsonl:151: there is no column 'output'"):
+        epoch(begin(tmp_path, path))
+    assert len(epoch(begin(tmp_path, path, on_bad_row="skip"))) == 150
+
+
 # workflow: V5
 def test_a_stream_of_the_wrong_kind_for_its_stage_is_an_error(two, tmp_path):
     with pytest.raises(ConfigError, match="dataset a is no ranking"):

@@ -361,6 +361,7 @@ def chats_of(name: str):
 
 
 # workflow: T1 T3
+# reliability: 41, 42, 43
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(data=st.data())
 @settings(max_examples=15)
@@ -472,6 +473,7 @@ HEAD = f"{IM}user\n2+2?<|im_end|>\n{IM}assistant\n"
 
 
 # workflow: T4
+# reliability: 44
 @pytest.mark.parametrize(
     ("answer", "kwargs", "expected"),
     [
@@ -490,6 +492,7 @@ def test_qwen3_trains_what_it_has_to_write_with_and_without_thinking(answer, kwa
 
 
 # workflow: T4
+# reliability: 44
 def test_qwen3_drops_past_thoughts_and_refuses_to_train_such_turns():
     messages, tokenizer = [ASKED, THINKS, ASKED, THINKS], made_once("qwen3")
     past = f"{HEAD}4<|im_end|>\n"

@@ -22,6 +22,7 @@ def trained_text(tokens, tokenizer) -> str:
     return tokenizer.decode([tokenizer.pad_token_id, *ids]).removeprefix(front)
 
 
+# reliability: 41, 43
 @pairs
 @given(data=st.data())
 def test_ids_are_those_of_apply_chat_template_and_trained_tokens_are_the_answers(pair, data):
@@ -39,6 +40,7 @@ def test_ids_are_those_of_apply_chat_template_and_trained_tokens_are_the_answers
     assert trained_text(tokens, tokenizer) == "".join(answers)
 
 
+# reliability: 42
 @pairs
 @given(data=st.data())
 def test_control_tokens_in_content_stay_text(pair, data):

@@ -51,6 +51,7 @@ def trained(tokens, tokenizer):
 
 
 # workflow: P4
+# reliability: 41
 @three_templates
 @given(data=st.data())
 def test_all_turns_are_trained_and_trained_tokens_are_the_answers_with_their_stop(pair, data):

@@ -114,6 +114,7 @@ def test_tokens_that_are_there_keep_their_rows(byte_tokenizer):
 
 
 # trainer: E2
+# reliability: 45
 @pytest.mark.parametrize("padding_free", [None, False])
 def test_the_stop_token_is_trained_though_it_is_the_padding(base, tmp_path, padding_free):
     """Contradiction 11: the page forbids pad == eos and its own function sets it; here that hides nothing."""

@@ -36,6 +36,7 @@ def test_a_row_over_the_budget_is_an_error():
         TokenBudgetBatches([4, 11], 10, seed=0)
 
 
+# reliability: 48
 @pytest.mark.parametrize("count", [1, 5, 8, 11, 16])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_processes_share_out_every_row_exactly_once(count, ranks):

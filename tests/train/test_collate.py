@@ -80,6 +80,7 @@ def test_flat_batches_are_padded_by_a_document_that_trains_nothing(multiple):
     assert sum(padded["document_lengths"]) == padded["input_ids"].shape[1]
 
 
+# reliability: 48
 @pytest.mark.parametrize("collator", [FlatCollator(), PaddedCollator(), FlatCollator(pad_to_multiple_of=8)])
 def test_no_rows_make_a_batch_that_trains_nothing(collator):
     batch = collator([])

@@ -229,14 +229,15 @@ def test_a_row_sets_variables_of_its_template():
         make([{"messages": CHAT, "chat_template_kwargs": {"tokenize": True}}])
 
 
+# reliability: 40
 def test_a_cut_that_leaves_nothing_to_train_drops_the_row():
     report = Report()
     late = [{"role": "user", "content": "?" * 30}, CHAT[1]]
     rows = make([{"messages": CHAT}, {"messages": late}], report=report, max_length=26)
     assert [marked(row) for row in rows] == [CHAT_TEXT]
-    assert [(drop.reason, drop.line) for drop in report.drops] == [("no-trained-token", 2)]
+    assert [(drop.reason, drop.line) for drop in report.drops] == [("truncated", 2)]
     assert not report.changes
-    with pytest.raises(DataError, match=r"(?s)all 1 row were dropped.*no-trained-token"):
+    with pytest.raises(DataError, match=r"(?s)nothing is left to train on: the only row was dropped.*truncated"):
         make([{"messages": CHAT}], max_length=10)
 
 

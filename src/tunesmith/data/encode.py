@@ -152,6 +152,7 @@ def fit(
     example: Example, tokens: Tokens, tokenizer: "PreTrainedTokenizerBase", how: Encoding, report: Report
 ) -> Tokens | None:
     """The tokens within all limits and labelled; `None` for a row that is dropped, which is then counted."""
+    whole = tokens
     try:
         tokens, cuts = _with_short_turns(example, tokens, tokenizer, how)
     except (RowError, TemplateError) as error:
@@ -167,16 +168,24 @@ def fit(
         return None
     if how.label_with is not None:
         fitted = {**fitted, "labels": own_labels(example, fitted["input_ids"], how.label_with)}
-    labels = fitted["labels"]
-    if len(labels) - labels.count(IGNORE_INDEX) > (labels[:1] != [IGNORE_INDEX]):  # the first token has no prediction
-        for what, detail in (cuts | ({reason: size} if reason else {})).items():
+    cuts |= {reason: size} if reason else {}
+    if trains(fitted["labels"]):
+        for what, detail in cuts.items():
             report.changed(what, example, detail)
         return fitted
-    why = "what would be trained lies beyond max_length" if reason or cuts else ""
     if how.label_with is not None:
         why = "the collator's template does not occur in it" + (", or was cut off" if reason else "")
-    report.dropped("no-trained-token", example, why)
+        report.dropped("no-trained-token", example, why)
+    elif cuts and trains(whole["labels"]):
+        report.dropped("truncated", example, f"what would be trained is cut off: {'; '.join(cuts.values())}")
+    else:
+        report.dropped("no-trained-token", example)
     return None
+
+
+def trains(labels: list[int]) -> bool:
+    """Whether the loss covers any token; the first of a row has no prediction."""
+    return len(labels) - labels.count(IGNORE_INDEX) > (labels[:1] != [IGNORE_INDEX])
 
 
 def _with_short_turns(

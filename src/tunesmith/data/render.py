@@ -175,8 +175,8 @@ def _eos(tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
     if not tokenizer.eos_token:
         raise refusal(
             where,
-            "no stop token ends the text, and the tokenizer has no eos_token. Set tokenizer.eos_token, or use a "
-            "chat template that writes a stop token after each answer",
+            "no stop token ends the text, and the tokenizer has no eos_token. Name one of its tokens in "
+            "eos_token, or use a chat template that writes a stop token after each answer",
         )
     return str(tokenizer.eos_token)
 

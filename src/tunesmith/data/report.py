@@ -140,17 +140,23 @@ class Report:
         report.changes = [Problem(*problem) for problem in state["changes"]]
         return report
 
-    def check(self, max_drop_ratio: float) -> None:
+    def check(self, max_drop_ratio: float, use: str = "train on") -> None:
         """Stop a run that would train on nothing, on next to nothing, or on too little of what was given.
+
+        Args:
+            max_drop_ratio: share of the rows that may be dropped.
+            use: what the rows are for, "train on" or "evaluate".
 
         Raises: DataError that names the reasons and their first rows.
         """
         reasons = "\n".join(f"  {line}" for line in [*_reason_lines(self.drops), *_first_details(self.drops)])
         if self.read == 0:
-            raise DataError("no rows were read, so there is nothing to train on. Check what dataset names.")
+            option = "dataset" if use == "train on" else "eval_dataset"
+            raise DataError(f"no rows were read, so there is nothing to {use}. Check what {option} names.")
         if self.kept == 0:
+            all_rows = "the only row was" if self.read == 1 else f"all {self.read:,} rows were"
             raise DataError(
-                f"nothing is left to train on: all {_count(self.read, 'row')} were dropped.\n{reasons}\n"
+                f"nothing is left to {use}: {all_rows} dropped.\n{reasons}\n"
                 "Mend the rows, or change the setting that the reason names."
             )
         if self.num_dropped > max_drop_ratio * self.read:

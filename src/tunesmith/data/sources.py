@@ -51,6 +51,8 @@ def source_examples(source: Source, how: Reading, report: Report) -> Iterator[Ex
     format, columns = _format_of(source, head, how)
     _note(source, head, format, columns, how, report)
     read = _reader(source, format, columns, how)
+    if how.streaming and source.format is None and columns is source.columns:
+        read = _of_one_format(read, head, columns, how)
     yield from examples_of(chain(head, rows), read, report, stage=how.stage, on_bad_row=how.on_bad_row)
 
 
@@ -158,6 +160,22 @@ def _reader(source: Source, format: str, columns: Mapping[str, str] | None, how:
         return normalize(row, format, columns, source.system_prompt, answers_needed=how.answers_needed)
 
     return read
+
+
+def _of_one_format(
+    read: Callable[[Row], Example], head: Sequence[Row], columns: Mapping[str, str] | None, how: Reading
+) -> Callable[[Row], Example]:
+    """`read`, where a row behind those that the format was found from has another format: an error, as in a table."""
+
+    def checked(row: Row) -> Example:
+        try:
+            return read(row)
+        except RowError as error:
+            if error.reason == "missing-column":
+                detect_format([*head, row], columns, stage=how.stage, answers_needed=how.answers_needed)
+            raise
+
+    return checked
 
 
 def _note(

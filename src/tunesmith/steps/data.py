@@ -64,9 +64,10 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Prepared:
 
 def check_data(recipe: Recipe, data: Prepared) -> None:
     """Raise DataError where nothing, or suspiciously little, would be trained, evaluated or asked."""
-    is_counted = data.report is not None and not recipe.data.streaming  # a stream is counted as it is read
-    for report in [*([data.report] if is_counted else []), *data.evaluation_reports.values()]:
-        report.check(recipe.data.max_drop_ratio)
+    if data.report is not None and not recipe.data.streaming:  # a stream is counted as it is read
+        data.report.check(recipe.data.max_drop_ratio)
+    for report in data.evaluation_reports.values():
+        report.check(recipe.data.max_drop_ratio, "evaluate")
 
 
 def encode(recipe: Recipe, examples: Sequence[Example], tokenizer: Any, report: Report) -> Any:

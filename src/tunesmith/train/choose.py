@@ -1,11 +1,14 @@
 """What the options leave open, chosen for this model and machine at start-up, each choice with a line on why."""
 
 import copy
+import math
 from typing import Any
 
 import datasets
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
+from transformers.trainer_utils import has_length
 from transformers.training_args import ParallelMode
 
 from tunesmith.errors import ConfigError
@@ -35,6 +38,7 @@ def settled(args: SFTConfig, model: nn.Module, train_dataset: Any) -> tuple[SFTC
     args.mixed_precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
     if args.choose_checkpointing and train_dataset is not None:
         lines.append(choose_checkpointing(args, model, longest_batch(train_dataset, args)))
+    lines += few_rows(args, train_dataset)
     if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
         args.gradient_checkpointing_kwargs = {"use_reentrant": False}
     if has_adapter(model):
@@ -49,6 +53,24 @@ def settled(args: SFTConfig, model: nn.Module, train_dataset: Any) -> tuple[SFTC
         args.activation_checkpointing = args.gradient_checkpointing
         args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs
     return args, lines
+
+
+def few_rows(args: SFTConfig, dataset: Any) -> list[str]:
+    """A line where a whole epoch has fewer rows than one step was to train on; a stream is not counted."""
+    if isinstance(dataset, IterableDataset) or not has_length(dataset) or args.tokens_per_batch is not None:
+        return []
+    sizes = {
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "processes": args.world_size,
+    }
+    wanted, rows = math.prod(sizes.values()), len(dataset)
+    if rows >= wanted:
+        return []
+    product = " × ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    packed = " packed" if "seq_lengths" in (getattr(dataset, "column_names", None) or ()) else ""
+    said = f"all {rows}{packed} rows" if rows > 1 else f"the only{packed} row"
+    return [f"steps: each trains on {said}, fewer than the {wanted} of one step ({product})"]
 
 
 def choose_unused_search(args: SFTConfig, model: nn.Module) -> bool:

@@ -138,7 +138,7 @@ def check_report(name: str, report: Report, packing: bool) -> None:
     Raises: DataError that says what became of the rows of dataset `name`.
     """
     try:
-        report.check(max_drop_ratio=1.0)
+        report.check(1.0, "evaluate" if name.startswith("eval_dataset") else "train on")
     except DataError as error:
         not_packed = f"{NOT_PACKED} Here " if packing and not report.kept else ""
         raise DataError(f"{name}: {not_packed}{error}") from None

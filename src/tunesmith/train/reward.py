@@ -33,7 +33,7 @@ from tunesmith.model.lora import save_plain_lora
 from tunesmith.model.value_head import RewardModel, ValueHead, has_head, read_head
 from tunesmith.runs import PREDICTIONS_FILE, write_text
 from tunesmith.train.arguments import check_ids, num_embeddings
-from tunesmith.train.choose import choose_checkpointing, settled
+from tunesmith.train.choose import choose_checkpointing, few_rows, settled
 from tunesmith.train.collate import FlatCollator, PaddedCollator
 from tunesmith.train.datasets import columns_of
 from tunesmith.train.evaluation import EvaluatingTrainer
@@ -131,7 +131,7 @@ class RewardTrainer(EvaluatingTrainer):
             tokens = longest_pairs(train_dataset, args.per_device_train_batch_size)
             self.choices.append(choose_checkpointing(args, base, tokens))
         args, lines = settled(args, base, None)
-        self.choices += lines
+        self.choices += [*lines, *few_rows(args, train_dataset)]
         use_cache = base.config.use_cache
         super().__init__(
             model=RewardModel(base, head, args.seed),
