@@ -44,6 +44,7 @@ BIG = {
     "finetuning_type": "lora",
     "warmup_ratio": 0.1,
     "trust_remote_code": False,
+    "lr_scheduler_type": "cosine_with_restarts",
     "lr_scheduler_kwargs": {"num_cycles": 2},
 }
 

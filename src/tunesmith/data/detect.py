@@ -8,7 +8,7 @@ from tunesmith.data.formats import FORMATS, Format, columns_of, renamed
 from tunesmith.data.normalize import ANSWERS
 from tunesmith.data.report import place, visible
 from tunesmith.data.rows import Row
-from tunesmith.errors import DataError
+from tunesmith.errors import ConfigError, DataError
 from tunesmith.lookup import did_you_mean
 
 # Names that other data gives to our columns, for suggestions only.
@@ -37,7 +37,8 @@ def detect_format(
     A row that has the columns of no format does not change the answer: `normalize` says what it lacks. A column that
     is null is as good as absent: tables fill it in where rows of several shapes are put together.
 
-    Raises: DataError if rows have different formats, or no row has the columns of any.
+    Raises: DataError if rows have different formats, or no row has the columns of any; ConfigError if that is because
+        `columns` names what no format reads.
     """
     seen: dict[str, Row] = {}
     names: dict[tuple[str, ...], str | None] = {}
@@ -55,8 +56,17 @@ def detect_format(
             f"{place(other_row.source, other_row.line)} is {other}. Train on one format at a time, or convert one."
         )
     if not seen:
+        check_columns(columns or {})
         raise DataError(_no_format(rows[0], columns, stage) if rows else "there are no rows to detect a format from.")
     return next(iter(seen))
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Raise ConfigError for a name in `columns` that no format reads."""
+    known = list(dict.fromkeys(name for one in FORMATS.values() for name in (*one.columns, *one.optional)))
+    for ours in columns:
+        if ours not in known:
+            raise ConfigError(f"columns: no format reads '{ours}'.{did_you_mean(ours, known)}")
 
 
 def _format_of(value: Mapping[str, Any], stage: str, answers_needed: bool) -> str | None:

@@ -303,8 +303,18 @@ def untie_if_adapted(model: nn.Module) -> None:
         own.weight = nn.Parameter(own.weight.detach().clone(), requires_grad=False)
 
 
-def refuse_adapter_as_base(name: str, base: str) -> None:
-    """Raise ConfigError where an adapter's base is an adapter itself."""
+def is_hub_id(name: str) -> bool:
+    """Whether a name could be that of a model on the Hub: owner/name."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def check_base(name: str, base: str) -> None:
+    """Raise ConfigError where an adapter's base is an adapter itself, ModelError where its folder is gone."""
+    if not Path(base).exists() and not is_hub_id(base):
+        raise ModelError(
+            f"{name}: its {ADAPTER_CONFIG} names the base model {base}, and there is no such folder. Correct "
+            "base_model_name_or_path there, or name the base as model_name_or_path and the adapter in checkpoint_dir."
+        )
     if (Path(base) / ADAPTER_CONFIG).is_file():
         raise ConfigError(
             f"{name} names {base} as its base, which is an adapter too. Merge that one first (tunesmith merge), or "

@@ -1,18 +1,21 @@
 """Tokenizer and weights from a Hub id or a folder, adapters with their base; safetensors or GGUF, never pickles."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model.chain import (
     ADAPTER_CONFIG,
     adapter_base,
+    check_base,
+    is_hub_id,
     merge_folders,
     put_on,
-    refuse_adapter_as_base,
     remembered,
     with_earlier,
 )
@@ -102,6 +105,10 @@ def opened(name: str, dtype: str | torch.dtype, options: dict[str, Any]) -> PreT
         ) from error
     except TypeError as error:
         raise ConfigError(f"{name}: {first_line(error)}. Check the arguments of from_pretrained.") from error
+    except SafetensorError as error:
+        raise ModelError(
+            f"{name}: its weights are damaged or cut short ({first_line(error)}). Copy or download them again."
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{name}: no model can be loaded from there ({first_line(error)}). Give a folder with config.json and "
@@ -160,7 +167,7 @@ def load_any(
     base = adapter_base(name)
     if base is None:
         return load_model(name, dtype=dtype, **options)
-    refuse_adapter_as_base(name, base)
+    check_base(name, base)
     *earlier, last = with_earlier([name])
     model = load_model(base, dtype=dtype, **options_with_positions(base, last, options))
     return put_on(merge_folders(model, earlier), last, trainable=trainable_adapter)
@@ -197,12 +204,14 @@ def check_folder(name: str, gguf_file: str | None = None) -> None:
     """Say what a local folder lacks before transformers looks for it on the Hub."""
     folder = Path(name)
     if not folder.exists():
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        if not is_hub_id(name):
             raise ModelError(f"{name}: there is no such folder, and it is not a Hub id (owner/name).")
         return
     if gguf_file is not None:
         if not (folder / gguf_file).is_file():
             raise ModelError(f"{name}: has no file {gguf_file}. It holds: {listing(folder)}.")
+        if importlib.util.find_spec("gguf") is None:
+            raise ModelError("gguf_file: GGUF files need another package. Install it: pip install 'tunesmith[gguf]'.")
     elif not (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{name}: is no model folder, config.json is missing. It holds: {listing(folder)}.")
     elif (

@@ -16,10 +16,10 @@ from tunesmith.model.chain import (
     ADAPTER_CONFIG,
     adapter_base,
     adapter_folders,
+    check_base,
     check_is_adapter,
     merge_folders,
     put_on,
-    refuse_adapter_as_base,
     remembered,
     with_earlier,
 )
@@ -181,7 +181,7 @@ def start_of(options: ModelFields, *, training: bool, say: Say) -> Start:
     if options.adapter != "lora" and (training or folders):
         return whole_start(options, name, folders, is_adapter=base is not None)
     if base is not None:
-        refuse_adapter_as_base(name, base)
+        check_base(name, base)
     for folder in folders:
         check_is_adapter(folder)
     chain = with_earlier([name] if base is not None else folders)

@@ -3,7 +3,7 @@
     file, Python keywords, flags ─ read ─► Given ─ names ─► coerce ─► settle ─► rules ─► Recipe
 
     names     keys of other programs and years: llamafactory, transformers4; each has a fate (fates)
-    coerce    what an option takes: schema
+    coerce    what an option takes: schema; nested: the keys inside those that take a mapping
     rules     what contradicts itself or is missing; phases: which parts of a run are asked for
 
 A later layer wins: flags over keywords over the file. Relative `dataset` paths are taken from the current directory,
@@ -20,13 +20,24 @@ from tunesmith.errors import ConfigError
 from tunesmith.recipe.coerce import coerce_all
 from tunesmith.recipe.given import FILE, MAPPING, Given, Problems
 from tunesmith.recipe.names import named
+from tunesmith.recipe.nested import check_nested
 from tunesmith.recipe.phases import Phases, phases
 from tunesmith.recipe.read import READERS, read_file, read_flags, read_mapping
 from tunesmith.recipe.rules import Task, Where, check
 from tunesmith.recipe.schema import declared, options, options_help
 from tunesmith.recipe.settle import settle
 
-__all__ = ["Phases", "Recipe", "Task", "load_for_model", "load_recipe", "options_help", "phases", "resolved"]
+__all__ = [
+    "Phases",
+    "Recipe",
+    "Task",
+    "is_resolved",
+    "load_for_model",
+    "load_recipe",
+    "options_help",
+    "phases",
+    "resolved",
+]
 
 SECRETS = ("hub_token", "hf_token")
 PATHS = ("dataset", "eval_dataset", "dataset_dir", "checkpoint_dir", "chat_template", "deepspeed")
@@ -61,6 +72,7 @@ def load_recipe(
     chosen = settle(coerce_all(named(given, problems), problems), problems)
     if isinstance(path, str | Path):
         chosen = {key: beside_recipe(item, Path(path).parent) for key, item in chosen.items()}
+    check_nested(chosen, problems)
     check(chosen, problems, task)
     problems.raise_any()
     return build(chosen, problems.notes)
@@ -132,3 +144,8 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     if values["trust_remote_code"]:
         del values["trust_remote_code"]
     return {key: value for key, value in values.items() if key not in SECRETS}
+
+
+def is_resolved(recipe: Recipe) -> bool:
+    """Whether the recipe is one that a run has written: it gives every option, and nobody chose each of them."""
+    return all(option.name in recipe.given for option in declared(DataConfig))

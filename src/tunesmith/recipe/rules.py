@@ -288,7 +288,7 @@ TRAINING = [
     Rule(
         ("packing", "train_sampling_strategy"),
         lambda v, given: v["packing"] and v["train_sampling_strategy"] == "group_by_length",
-        "packing fills every row, so group_by_length has nothing to group. Remove train_sampling_strategy.",
+        "packing fills every row, so group_by_length has nothing to group. Remove one of the two.",
     ),
     Rule(
         ("packing", "packing_strategy", "eval_packing"),

@@ -1,4 +1,4 @@
-"""Options of transformers 4 that transformers 5 dropped or calls otherwise; aliases are in config.py.
+"""Options of transformers 4 that transformers 5 dropped or calls otherwise, and two of TRL; aliases are in config.py.
 
 `train/legacy.py` says the same for the Python door, where they are fields of a dataclass.
 """
@@ -36,6 +36,9 @@ OLD_KEYS: dict[str, Fate] = {
     "xpu_backend": told("write ddp_backend: {value}"),
     "logging_dir": unread("TensorBoard's files lie in output_dir/runs, or where TENSORBOARD_LOGGING_DIR says."),
     "include_tokens_per_second": as_is(),
+    # TRL's
+    "assistant_only_loss": switch({"train_on": "assistant"}, {"train_on": "all"}),
+    "completion_only_loss": switch({"train_on": "completion"}, {"train_on": "all"}),
 }
 OLD_WORDS: dict[str, dict[str, str]] = {"optim": {"adamw_hf": "adamw_torch"}}  # its own AdamW, the default until 2023
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from tunesmith.config import TrainingFields
 from tunesmith.data.cache import cache_of
 from tunesmith.data.collect import collect
 from tunesmith.data.normalize import Example
@@ -14,8 +15,9 @@ from tunesmith.data.prepare import encode_examples
 from tunesmith.data.report import Report, first_row_lines, preview
 from tunesmith.data.stream import stream
 from tunesmith.deliver.summary import show_reports
+from tunesmith.errors import ConfigError
 from tunesmith.model.open import longest_text
-from tunesmith.recipe import Recipe, phases
+from tunesmith.recipe import Recipe, is_resolved, phases
 from tunesmith.steps.options import option, seed_of
 
 
@@ -52,6 +54,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Prepared:
         train, report = found.train, found.report
     else:
         found = collect(recipe.data, **how)
+        check_turns(recipe, found.train)
         train, report = encode(recipe, found.train, tokenizer, found.report), found.report
     evaluation = {}
     for name, examples in found.evaluation.items():
@@ -60,6 +63,19 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Prepared:
         else:
             found.evaluation_reports[name].kept = len(examples)  # each is asked
     return Prepared(train, report, evaluation, found.evaluation_reports, found.evaluation)
+
+
+def check_turns(recipe: Recipe, examples: Sequence[Example]) -> None:
+    """Raise ConfigError where `train_on` chooses among turns, and the examples are plain text, which has none."""
+    chosen, where = option(recipe, "train_on"), recipe.given.get("train_on")
+    is_default = chosen == TrainingFields.train_on and (where is None or is_resolved(recipe))
+    if recipe.run.stage != "sft" or chosen == "all" or is_default:
+        return
+    if examples and all("text" in example for example in examples):
+        raise ConfigError(
+            f"{where}: train_on: {chosen} chooses among turns, and the examples are plain text, which has none. Set "
+            "train_on: all, or give conversations, or prompts with completions."
+        )
 
 
 def check_data(recipe: Recipe, data: Prepared) -> None:

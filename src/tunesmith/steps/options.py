@@ -1,6 +1,8 @@
 """What a recipe says, each value over its stage's and the default: options, the trainer's arguments, decoding."""
 
 import dataclasses
+import importlib.util
+import math
 from typing import Any, NamedTuple
 
 from transformers.integrations.integration_utils import (
@@ -12,6 +14,7 @@ from tunesmith.config import TrainingFields
 from tunesmith.data.stream import FINISHED
 from tunesmith.errors import ConfigError
 from tunesmith.evaluate.generate import answer_decoding
+from tunesmith.lookup import did_you_mean
 from tunesmith.recipe import Recipe, resolved
 from tunesmith.runs import Run
 from tunesmith.train.curves import PER_TOKEN
@@ -77,6 +80,7 @@ def trainer_arguments(recipe: Recipe, folder: Run) -> SFTConfig:
     if recipe.data.streaming:
         defaults["dataset_kwargs"] = {"format": FINISHED, "on_bad_row": recipe.data.on_bad_row}
     check_trackers(recipe.training.get("report_to"))
+    check_deepspeed(recipe.training.get("deepspeed"))
     try:
         return STAGES[recipe.run.stage].config(**{**defaults, **loss_of_pairs(recipe), **training_options(recipe)})
     except ConfigError:
@@ -86,13 +90,45 @@ def trainer_arguments(recipe: Recipe, folder: Run) -> SFTConfig:
 
 
 def check_trackers(report_to: str | list[str] | None) -> None:
-    """Raise ConfigError for a tracker whose package is not installed."""
+    """Raise ConfigError for a tracker that does not exist, or whose package is not installed."""
     names = [report_to] if isinstance(report_to, str) else report_to or []
+    for name in names:
+        if name not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
+            trackers = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            hint = did_you_mean(name, INTEGRATION_TO_CALLBACK)
+            raise ConfigError(f"report_to: there is no tracker '{name}'.{hint} Known: all, none, {trackers}.")
     known = get_available_reporting_integrations()
     if missing := [name for name in names if name in INTEGRATION_TO_CALLBACK and name not in known]:
         raise ConfigError(
             f"report_to: {missing[0]} is not installed. Install it: pip install {missing[0]}; or set report_to: none."
         )
+
+
+def check_deepspeed(deepspeed: Any) -> None:
+    """Raise ConfigError for a configuration of DeepSpeed where it is not installed."""
+    if deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("deepspeed: DeepSpeed is not installed. Install it: pip install deepspeed; or remove this.")
+
+
+def check_warmup(recipe: Recipe, trainer: Any) -> None:
+    """Raise ConfigError where the warmup takes longer than the epochs do, whose steps only the rows tell."""
+    warmup, steps = trainer.args.warmup_steps, epoch_steps(trainer)
+    if steps is not None and warmup > steps:
+        raise ConfigError(
+            f"{recipe.given.get('warmup_steps', 'the options')}: warmup_steps ({warmup:g}) is more than the {steps} "
+            f"steps of {trainer.args.num_train_epochs:g} epochs over these rows. Lower it, or write a share of the "
+            "run: warmup_steps: 0.1."
+        )
+
+
+def epoch_steps(trainer: Any) -> int | None:
+    """Steps of a run that is told in epochs; `None` where they cannot be told from the number of rows."""
+    args, rows = trainer.args, trainer.train_dataset
+    if args.max_steps > 0 or args.tokens_per_batch or args.auto_find_batch_size or not hasattr(rows, "__len__"):
+        return None
+    batches = len(rows) / (args.train_batch_size * args.world_size)
+    whole = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(whole / args.gradient_accumulation_steps)))
 
 
 def evaluation_arguments(recipe: Recipe, folder: str) -> SFTConfig:
