@@ -117,7 +117,7 @@ def test_flags_alone_make_a_recipe(calls, words):
 def test_check_shows_as_many_rows_as_asked(calls):
     assert invoke("check", *RECIPE, "--rows", "5").exit_code == 0
     name, (recipe,), keywords = calls.list[0]
-    assert (name, recipe.data.dataset, keywords) == ("check", "d.jsonl", {"rows": 5})
+    assert (name, recipe.data.dataset, keywords) == ("check", "d.jsonl", {"rows": 5, "as_json": False})
 
 
 def test_eval_predict_and_chat_take_the_model_first(calls):
@@ -128,8 +128,8 @@ def test_eval_predict_and_chat_take_the_model_first(calls):
     )
     assert invoke("chat", "org/m", "--system", "Be brief.", "--temperature", "0.5", "--do_sample").exit_code == 0
     assert [(name, keywords) for name, _, keywords in calls.list] == [
-        ("evaluate", {}),
-        ("predict", {"output": Path("o.jsonl")}),
+        ("evaluate", {"as_json": False}),
+        ("predict", {"output": Path("o.jsonl"), "as_json": False}),
         ("chat", {"system": "Be brief."}),
     ]
     recipes = [arguments[0] for _, arguments, _ in calls.list]
@@ -181,6 +181,15 @@ def test_an_error_is_one_sentence_on_stderr_and_an_exit_code(calls, monkeypatch,
     assert (result.exit_code, result.stderr, result.stdout) == (code, f"{type(error).__name__}: no.\n", "")
 
 
+# reliability: 58
+def test_a_package_that_a_library_asks_for_is_no_crash(calls, monkeypatch):
+    error = ImportError("You need galore_torch. Install it with `pip install galore_torch`")
+    monkeypatch.setattr(calls.workflow, "train", lambda recipe: (_ for _ in ()).throw(error))
+    result = invoke("train", *RECIPE)
+    assert (result.exit_code, result.stderr) == (2, f"ImportError: {error}\n")
+
+
+# reliability: 50
 def test_a_recipe_error_exits_with_2_before_torch_is_imported(calls):
     result = invoke("train", *RECIPE, "--learnin_rate", "1e-4")
     assert result.exit_code == 2

@@ -22,7 +22,7 @@ from typer.core import TyperCommand
 from tunesmith import __version__
 from tunesmith.errors import TunesmithError
 from tunesmith.ranks import is_first_process
-from tunesmith.runs import PREDICTIONS_FILE, STATUS_FILE
+from tunesmith.runs import PREDICTIONS_FILE, STATUS_FILE, to_json
 
 app = typer.Typer(
     name="tunesmith",
@@ -49,6 +49,7 @@ Host = Annotated[
         help="127.0.0.1: this machine only. 0.0.0.0 lets others in, with a token that is printed, or TUNESMITH_TOKEN's"
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; all else goes to stderr")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose")]
 
 
@@ -221,6 +222,7 @@ def check(
     ctx: typer.Context,
     recipe: Recipe = None,
     rows: Annotated[int, typer.Option(min=0, help="Rows to show with their trained tokens marked")] = 3,
+    as_json: AsJson = False,
     show_traceback: Traceback = False,
 ) -> None:
     """Show what would be trained, before anything is: rows kept and dropped, lengths, a preview."""
@@ -230,18 +232,20 @@ def check(
         path, flags = recipe_and_flags(recipe, ctx)
         loaded = load_recipe(path, flags=flags, task="check")
         workflow = quiet_workflow()
-        workflow.check(loaded, rows=rows)
+        workflow.check(loaded, rows=rows, as_json=as_json)
 
 
 @app.command("eval", cls=AnswerCommand, context_settings=ANY_OPTION)
-def evaluate(ctx: typer.Context, model: RunOrModel, show_traceback: Traceback = False) -> None:
+def evaluate(
+    ctx: typer.Context, model: RunOrModel, as_json: AsJson = False, show_traceback: Traceback = False
+) -> None:
     """Loss, perplexity and token accuracy: tunesmith eval runs/mine --eval_dataset heldout.jsonl."""
     with errors_reported(show_traceback):
         from tunesmith.recipe import load_for_model
 
         loaded = load_for_model(model, flags=ctx.args, task="eval")
         workflow = quiet_workflow()
-        workflow.evaluate(loaded)
+        workflow.evaluate(loaded, as_json=as_json)
 
 
 @app.command(cls=AnswerCommand, context_settings=ANY_OPTION)
@@ -249,6 +253,7 @@ def predict(
     ctx: typer.Context,
     model: RunOrModel,
     output: Annotated[Path, typer.Option(help="File for the answers")] = Path(PREDICTIONS_FILE),
+    as_json: AsJson = False,
     show_traceback: Traceback = False,
 ) -> None:
     """Answer every held-out prompt: tunesmith predict runs/mine --eval_dataset heldout.jsonl."""
@@ -257,7 +262,7 @@ def predict(
 
         loaded = load_for_model(model, flags=ctx.args, task="predict")
         workflow = quiet_workflow()
-        workflow.predict(loaded, output=output)
+        workflow.predict(loaded, output=output, as_json=as_json)
 
 
 @app.command(cls=ChatCommand, context_settings=ANY_OPTION)
@@ -339,11 +344,14 @@ def merge_adapter(
 
 
 @app.command()
-def env(show_traceback: Traceback = False) -> None:
+def env(as_json: AsJson = False, show_traceback: Traceback = False) -> None:
     """Versions, devices and threads, for a bug report."""
     with errors_reported(show_traceback):
         workflow = quiet_workflow()
         facts = workflow.env()
+        if as_json:
+            typer.echo(to_json(facts, indent=2))
+            return
         width = max((len(str(name)) for name in facts), default=0)
         for name, value in facts.items():
             typer.echo(f"{name:<{width}}  {value}")

@@ -26,13 +26,22 @@ from tunesmith.model.saved import save_arguments
 from tunesmith.ranks import first_decides, is_first_process, join_processes
 from tunesmith.recipe import Recipe, load_recipe, phases
 from tunesmith.resume import Beginning, begin, is_complete, repeatable
-from tunesmith.runs import COMPARED_FILES, DATA_REPORT_FILE, PREDICTIONS_FILE, Run, shared_output_dir
+from tunesmith.runs import (
+    COMPARED_FILES,
+    DATA_REPORT_FILE,
+    PREDICTIONS_FILE,
+    Run,
+    as_saved,
+    shared_output_dir,
+    to_json,
+)
 from tunesmith.steps.answers import answered, check_prompts, written_metric
 from tunesmith.steps.data import Prepared, after_stream, check_data, prepare_data, report_json, show_data
 from tunesmith.steps.figures import training_figures
 from tunesmith.steps.model import tokenizer_of, trainable_model, usable_model
 from tunesmith.steps.options import (
     STAGES,
+    check_warmup,
     decoding,
     evaluation_arguments,
     only,
@@ -93,10 +102,10 @@ def train(recipe: Recipe) -> dict[str, float]:
         return finish(recipe, data, folder, console)
 
 
-def own_console(recipe: Recipe) -> Console:
-    """Where to print: nowhere on all processes but the first, which have met then."""
+def own_console(recipe: Recipe, as_json: bool = False) -> Console:
+    """Where to print: nowhere on all processes but the first, which have met then; JSON has stdout to itself."""
     join_processes(uses_cpu(recipe))
-    return Console(quiet=not is_first_process())
+    return Console(quiet=not is_first_process(), stderr=as_json)
 
 
 def open_run(recipe: Recipe) -> tuple[Run, Path | None, bool]:
@@ -128,6 +137,7 @@ def run_training(
     recipe: Recipe, trainer: Any, data: Prepared, metric: Any, folder: Run, checkpoint: Path | None, console: Console
 ) -> None:
     """Train and save the model, with the compared answers from before and after."""
+    check_warmup(recipe, trainer)
     if recipe.run.stage == "sft" and (phases(recipe).predict or trainer.args.predict_with_generate):
         check_prompts(recipe, trainer.model, trainer.processing_class, data.held_out)
     before = compare(recipe, trainer, data, metric, folder, "before", console)
@@ -266,33 +276,49 @@ def add_notes(trainer: Any, data: Prepared, folder: Run, said: list[str]) -> Non
 # ---- look, score, answer, talk -----------------------------------------------------------------------------------
 
 
-def check(recipe: Recipe, rows: int = 3) -> Prepared:
-    """Show what would be trained: rows kept, changed and dropped, lengths, and real rows, trained tokens marked."""
-    console = own_console(recipe)
+def check(recipe: Recipe, rows: int = 3, *, as_json: bool = False) -> Prepared:
+    """Show what would be trained: rows kept, changed and dropped, lengths, and real rows, trained tokens marked.
+
+    As JSON: the options as `recipe.yaml` of the run will hold them, and what `data_report.json` will.
+    """
+    console = own_console(recipe, as_json)
     tell(recipe.notes, None, console)
     tokenizer = tokenizer_of(recipe)
     data = prepare_data(recipe, tokenizer)
     show_data(data, tokenizer, console, rows)
     check_data(recipe, data)
+    if as_json:
+        print_json({"recipe": as_saved(repeatable(saved_options(recipe))), "data": report_json(data)})
     return data
 
 
-def evaluate(recipe: Recipe) -> dict[str, float]:
+def print_json(value: dict[str, Any]) -> None:
+    """Write one JSON object to stdout, on the first process."""
+    Console(quiet=not is_first_process()).out(to_json(value, indent=2), highlight=False)
+
+
+def evaluate(recipe: Recipe, *, as_json: bool = False) -> dict[str, float]:
     """Loss, perplexity and token accuracy of a model on held-out examples, per trained token."""
-    console = own_console(recipe)
+    console = own_console(recipe, as_json)
     with evaluating(only(recipe, do_eval=True), console) as (trainer, _):
         metrics = trainer.evaluate()
-    show_figures({name.removeprefix("eval_"): value for name, value in metrics.items()}, console)
+    if as_json:
+        print_json(metrics)
+    else:
+        show_figures({name.removeprefix("eval_"): value for name, value in metrics.items()}, console)
     return metrics
 
 
-def predict(recipe: Recipe, output: Path = Path(PREDICTIONS_FILE)) -> dict[str, float]:
+def predict(recipe: Recipe, output: Path = Path(PREDICTIONS_FILE), *, as_json: bool = False) -> dict[str, float]:
     """Answer every held-out prompt, or score every held-out pair, into a JSON-lines file."""
-    console = own_console(recipe)
+    console = own_console(recipe, as_json)
     recipe = only(recipe, do_predict=True)
     make_room(output)
     metrics = scored_pairs(recipe, output, console) if recipe.run.stage == "rm" else asked(recipe, output, console)
-    show_figures(metrics, console)
+    if as_json:
+        print_json(metrics)
+    else:
+        show_figures(metrics, console)
     console.out(f"answers: {output}", highlight=False)
     return metrics
 
