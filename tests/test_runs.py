@@ -45,6 +45,7 @@ def test_figures_go_beside_what_a_folder_holds_but_not_into_a_file(tmp_path):
         shared_output_dir(tmp_path / "mine.txt")
 
 
+# reliability: 56
 def test_another_run_is_described_and_both_ways_out_are_named(tmp_path):
     finished_run(tmp_path / "out")
     before = files(tmp_path)

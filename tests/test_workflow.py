@@ -11,6 +11,7 @@ from tunesmith.runs import read_metrics, read_status
 from tunesmith.workflow import run
 
 
+# reliability: 57
 def test_a_recipe_becomes_a_trained_adapter(workplace):
     output = call("train", "recipe.yaml")
     run_dir = workplace / "run"
@@ -57,6 +58,7 @@ def test_training_lowers_the_loss_and_goes_on_from_an_adapter(workplace):
     assert first < losses[0] - 0.3
 
 
+# reliability: 55
 def test_a_saved_recipe_repeats_the_run(workplace):
     call("train", "recipe.yaml", "--learning_rate", "1e-2")
     call("train", "run/recipe.yaml", "--output_dir", "again")
@@ -70,6 +72,7 @@ def test_python_runs_the_same_recipe(workplace):
     assert (workplace / "python" / "adapter_model.safetensors").is_file()
 
 
+# reliability: 55
 def test_check_shows_what_would_be_trained_and_writes_nothing(workplace):
     before = sorted(path.name for path in workplace.iterdir())
     output = call("check", "recipe.yaml", "--rows", "1")
@@ -112,6 +115,7 @@ def test_bad_input_says_what_and_where(workplace, tiny_model, stage, words, code
     assert message in call(stage, "recipe.yaml", *words, code=code)
 
 
+# reliability: 50, 52
 def test_all_mistakes_of_a_recipe_come_in_one_report(workplace):
     (workplace / "bad.yaml").write_text(
         "model_name_or_path: model\ndataset: train.jsonl\nlora_rnak: 8\nmax_steps: many\n"
@@ -121,6 +125,7 @@ def test_all_mistakes_of_a_recipe_come_in_one_report(workplace):
     assert "bad.yaml:4: max_steps: expected a whole number, got 'many'" in output
 
 
+# reliability: 56
 def test_a_folder_that_holds_a_run_is_not_touched(workplace):
     call("train", "recipe.yaml")
     before = (workplace / "run" / "adapter_model.safetensors").read_bytes()
@@ -206,6 +211,7 @@ def test_a_checkpoint_that_is_none_is_named(workplace):
     assert "model holds no trainer_state.json" in output
 
 
+# reliability: 53
 @pytest.mark.parametrize("bits", ["--load_in_4bit", "--load_in_8bit"])
 def test_an_adapter_trains_on_a_base_of_few_bits_and_answers_after(workplace, make_tiny_model, bits):
     pytest.importorskip("bitsandbytes")

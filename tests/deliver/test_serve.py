@@ -466,6 +466,7 @@ def wait_for(is_so, seconds=10):
 # ---------------------------------------------------------------------------------------------------- the start
 
 
+# reliability: 58
 def test_missing_libraries_are_named_with_the_extra(tiny_model, byte_tokenizer, monkeypatch):
     monkeypatch.setattr(access.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"starlette and uvicorn .* pip install 'tunesmith\[serve\]'"):

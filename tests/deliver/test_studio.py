@@ -384,6 +384,7 @@ def test_the_door_says_where_the_page_is_and_takes_no_file(folder, monkeypatch):
         door.studio("file", load=load_recipe, port=0)
 
 
+# reliability: 58
 def test_missing_libraries_are_named_with_the_extra(folder, monkeypatch):
     monkeypatch.setattr(access.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'tunesmith\[studio\]'"):

@@ -37,6 +37,7 @@ def test_an_adapter_folder_loads_with_its_base(model_folder, tmp_path):
     assert any(parameter.requires_grad for parameter in again.parameters())
 
 
+# reliability: 59
 def test_a_folder_without_tokenizer(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "bare")
     with pytest.raises(ModelError, match=r"bare: no tokenizer can be loaded from there .* copy them from the base"):
@@ -49,6 +50,7 @@ def test_a_folder_that_is_no_model(tmp_path):
         load_model(str(tmp_path))
 
 
+# reliability: 59
 def test_a_name_that_is_neither_folder_nor_hub_id():
     with pytest.raises(ModelError, match="there is no such folder, and it is not a Hub id"):
         load_model("smollm")

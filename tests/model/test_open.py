@@ -157,6 +157,7 @@ def test_an_adapter_of_a_deeper_base_is_refused(base, tmp_path, make_tiny_model,
 
 
 # workflow: M3
+# reliability: 59
 def test_folders_that_hold_something_else(base, adapters, tmp_path):
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
@@ -185,6 +186,7 @@ def test_an_adapter_on_an_adapter_names_the_way_out(adapters, tmp_path):
         for_answers(model_name_or_path=adapters[1])
 
 
+# reliability: 59
 def test_a_tokenizer_with_more_tokens_than_embeddings(base, make_tiny_model, byte_tokenizer, tmp_path):
     small = save_base(tmp_path / "small", make_tiny_model(vocab_size=258, pad_token_id=0), byte_tokenizer)
     with pytest.raises(ModelError, match="the tokenizer has 259 tokens but the model only 258 embeddings"):

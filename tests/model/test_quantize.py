@@ -120,6 +120,7 @@ def test_options_that_contradict_each_other(folder, options, words):
         load_model(folder, **options)
 
 
+# reliability: 58
 @pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"quantization_config": {"load_in_8bit": True}}])
 def test_a_missing_bitsandbytes_names_the_extra(folder, options, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -9,11 +9,13 @@ from tunesmith.recipe.coerce import coerce
 from tunesmith.recipe.schema import RANGES, options
 
 
+# reliability: 51
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", ".0001", "1.e-4", "0.0001", "'1e-4'"])
 def test_every_spelling_of_a_number_is_a_number(recipe_file, text):
     assert load_recipe(recipe_file(BASE + f"learning_rate: {text}\n")).training["learning_rate"] == 1e-4
 
 
+# reliability: 51
 @pytest.mark.parametrize(
     ("text", "value"), [("no", False), ("yes", True), ("off", False), ("True", True), ("false", False)]
 )
@@ -22,6 +24,7 @@ def test_yes_and_no_are_booleans_where_one_is_wanted(recipe_file, text, value):
     assert recipe.training == {"bf16": value, "save_strategy": "no"}
 
 
+# reliability: 51
 def test_text_options_keep_what_was_typed(recipe_file):
     recipe = load_recipe(recipe_file(BASE + "run_name: 010\nmodel_revision: 1e5\nsystem_prompt: 12:30\n"))
     assert recipe.training["run_name"] == "010"
@@ -29,6 +32,7 @@ def test_text_options_keep_what_was_typed(recipe_file):
     assert recipe.data.system_prompt == "12:30"
 
 
+# reliability: 51
 def test_a_leading_zero_does_not_make_a_number_octal(recipe_file):
     assert load_recipe(recipe_file(BASE + "lora_r: 010\n")).model.lora_r == 10
 
@@ -57,6 +61,7 @@ def test_every_default_passes_its_own_type(name):
         assert coerce(default, option.annotation) == default
 
 
+# reliability: 52
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -79,6 +84,7 @@ def test_a_wrong_value_says_what_was_wanted(given, expected):
     assert expected in message(NEEDED, given)
 
 
+# reliability: 52
 @pytest.mark.parametrize(
     "name", sorted(name for name in RANGES if any(isinstance(mark, Gt | Ge) for mark in RANGES[name]))
 )

@@ -25,6 +25,7 @@ def test_yaml_json_dict_and_flags_give_the_same_recipe(recipe_file):
     assert found[0].training == {"learning_rate": 1e-4, "packing": True, "seed": 7}
 
 
+# reliability: 51
 def test_a_key_that_stands_twice_is_an_error_with_both_lines(recipe_file):
     assert message(recipe_file(BASE + "seed: 1\nlora_r: 8\nseed: 1\n")) == (
         "recipe.yaml:5: key 'seed' is on line 3 and again on line 5."
@@ -35,6 +36,7 @@ def test_a_key_that_stands_twice_is_an_error_with_both_lines(recipe_file):
     assert "recipe.json:3: key 'seed'" in message(recipe_file('{"seed": 1,\n"lora_r": 2,\n"seed": 1}', "recipe.json"))
 
 
+# reliability: 51
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -89,6 +91,7 @@ def test_a_flag_takes_several_words_where_a_list_fits():
     ]
 
 
+# reliability: 50
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

@@ -11,6 +11,7 @@ from tunesmith.errors import ConfigError
 from tunesmith.recipe import load_for_model, load_recipe, options_help, resolved
 
 
+# reliability: 50, 52
 def test_all_problems_stand_in_one_report_in_file_order(recipe_file):
     text = BASE + "learnin_rate: 1e-4\nlora_r: eight\nlora_dropout: 1.5\npacking_strategy: bfdd\n"
     assert message(recipe_file(text), flags=["--lora_alpha", "0", "--sed", "1"]).splitlines() == [
@@ -86,6 +87,7 @@ def test_a_model_folder_hub_id_or_recipe_is_used_as_it_is(recipe_file):
 # ---- the way back
 
 
+# reliability: 55
 def test_a_resolved_recipe_loads_back_to_the_same_one(recipe_file):
     flags = "--val_size 0.1 --lora_r 4 --eval_strategy steps --eval_steps 5 --packing --report_to none"
     first = load_recipe(NEEDED, {"columns": {"a": "b"}}, flags=flags.split())

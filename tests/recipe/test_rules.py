@@ -77,6 +77,7 @@ BROKEN = [
 ]
 
 
+# reliability: 53
 @pytest.mark.parametrize(("given", "expected"), BROKEN)
 def test_a_contradiction_is_an_error_that_names_its_places(given, expected):
     found = message(NEEDED, given)
@@ -95,6 +96,7 @@ def test_a_wrong_value_is_not_also_a_contradiction():
     assert message(NEEDED, {"val_size": "some", "eval_strategy": "steps"}).count("\n") == 0
 
 
+# reliability: 52, 53
 def test_every_contradiction_is_in_the_one_report(recipe_file):
     text = BASE + "bf16: true\nfp16: true\nlearning_rate: -1\nwarmup_steps: 20\nmax_steps: 10\nuse_muon: true\n"
     assert message(recipe_file(text)).splitlines() == [
@@ -106,6 +108,7 @@ def test_every_contradiction_is_in_the_one_report(recipe_file):
     ]
 
 
+# reliability: 52
 def test_every_value_out_of_range_is_in_the_one_report(recipe_file):
     wrong = [
         "learning_rate: -1",
@@ -244,6 +247,7 @@ def test_several_sets_are_evaluated_one_by_one_wherever_they_come_from():
     assert "eval_on_each_dataset needs several sets" in message(NEEDED, each | {"val_size": 5})
 
 
+# reliability: 52, 53
 def test_an_error_is_a_config_error_with_exit_code_2():
     with pytest.raises(ConfigError) as caught:
         load_recipe(NEEDED, {"bf16": True, "fp16": True})

@@ -22,6 +22,7 @@ LORA = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 
 
 # workflow: V9
+# reliability: 54
 def test_bf16_on_a_gpu_that_would_emulate_it_is_an_error(monkeypatch, tiny_model):
     native = [True, False]
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native.pop(0))
@@ -35,6 +36,7 @@ def test_bf16_on_a_gpu_that_would_emulate_it_is_an_error(monkeypatch, tiny_model
 
 
 # workflow: V9
+# reliability: 54
 @pytest.mark.parametrize(
     ("asked", "is_faster", "said"), [(True, False, "as asked"), (True, True, None), (None, False, "float32 products")]
 )
