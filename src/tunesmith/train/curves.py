@@ -85,6 +85,8 @@ def _picture(path: Path, title: str, unit: str, training: Points, held_out: Mapp
         else:
             _draw(axes, points, label, colour, colour)
     _draw_axes(axes, [value for points in (training, *held_out.values()) for _, value in points], title, unit)
+    number = len(axes.get_lines())
+    figure.legend(loc="outside lower left", ncols=3 if number <= 3 else 2, fontsize=9, edgecolor="none")  # hides no point
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     figure.savefig(staged, format="png")
     os.replace(staged, path)
@@ -123,4 +125,3 @@ def _draw_axes(axes: "Axes", values: list[float], title: str, unit: str) -> None
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper right", fontsize=9, framealpha=0.85, edgecolor="none")
