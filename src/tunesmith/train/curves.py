@@ -85,8 +85,8 @@ def _picture(path: Path, title: str, unit: str, training: Points, held_out: Mapp
         else:
             _draw(axes, points, label, colour, colour)
     _draw_axes(axes, [value for points in (training, *held_out.values()) for _, value in points], title, unit)
-    number = len(axes.get_lines())
-    figure.legend(loc="outside lower left", ncols=3 if number <= 3 else 2, fontsize=9, edgecolor="none")  # hides no point
+    columns = 3 if len(axes.get_lines()) <= 3 else 2
+    figure.legend(loc="outside lower left", ncols=columns, fontsize=9, edgecolor="none")  # outside it hides no point
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     figure.savefig(staged, format="png")
     os.replace(staged, path)
