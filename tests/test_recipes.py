@@ -40,8 +40,9 @@ def test_there_is_a_recipe_for_each_stage_and_adapter():
 # workflow: A6 W1 W3
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_runs(path, model, tmp_path):
-    if "qlora" in path.stem:
-        pytest.importorskip("bitsandbytes")
+    for name, package in (("qlora", "bitsandbytes"), ("chinese", "jieba")):
+        if name in path.stem:
+            pytest.importorskip(package)
     options = small(path, model, tmp_path)
     todo = phases(load_recipe(path, options))
     figures = run(path, **options)

@@ -10,8 +10,9 @@ def test_a_step_counts_every_matrix_product(tiny_model):
     linear = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner) + hidden * vocabulary
     attention = layers * 2 * length * hidden  # scores and weighted values, per token
     figures = count_flops(tiny_model.config, batch_size=2, seq_length=length)
-    assert figures["forward"] == 2 * (linear + attention) * 2 * length
-    assert figures["backward"] == 2 * figures["forward"]
+    products, angles = 2 * (linear + attention) * 2 * length, length * tiny_model.config.head_dim
+    assert figures["forward"] in (products, products + angles)  # transformers 5.17 makes rope's angles by a product
+    assert figures["backward"] == 2 * products
     assert figures["step"] == figures["forward"] + figures["backward"]
     assert figures["per_token"] == figures["step"] // (2 * length)
     assert figures["parameters"] == tiny_model.num_parameters()
