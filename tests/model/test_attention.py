@@ -46,6 +46,27 @@ def test_a_window_sees_that_many_tokens():
     ]
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_short_documents_in_bfloat16_are_attended_in_float32_on_a_cpu(monkeypatch, autocast):
+    monkeypatch.setattr(attention, "SHORT_DOCUMENT", 5)  # the third document is a long one
+    half = [tensor.bfloat16().requires_grad_() for tensor in tensors()]
+    whole = [tensor.detach().float().requires_grad_() for tensor in half]
+    expected = plain(*whole)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, _ = document_attention(nn.Module(), *half, None, document_lengths=LENGTHS)
+    assert found.dtype == torch.bfloat16
+    short = sum(LENGTHS[:2])
+    torch.testing.assert_close(found[:, :short], expected[:, :short].bfloat16(), rtol=2**-8, atol=1e-6)  # one rounding
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+    grads = [
+        torch.autograd.grad(output.float().square().sum(), states)
+        for output, states in ((found, half), (expected, whole))
+    ]
+    for ours, theirs in zip(*grads):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), theirs, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("special", ["softcap", "s_aux"])
 def test_what_it_cannot_do_exactly_it_refuses(special):
     with pytest.raises(NotImplementedError, match=special):

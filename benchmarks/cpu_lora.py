@@ -1,0 +1,14 @@
+"""SmolLM2-135M, LoRA r16 on all linear layers, Alpaca rows, 8 a step, on this CPU: ours, TRL three ways, a plain loop.
+
+    python -m benchmarks.cpu_lora MODEL_FOLDER alpaca_en_demo.json --rounds 5
+
+TRL as installed by `pip install tunesmith[bench]`: its defaults; in float32 without checkpointing; and tuned, which is
+float32, packed. Nothing else may run on the machine.
+"""
+
+from benchmarks.pairs import main
+
+SIDES = ("tunesmith", "tunesmith_fp32", "trl", "trl_fp32", "trl_tuned", "plain")
+
+if __name__ == "__main__":
+    main("cpu_lora", __doc__, "lora", SIDES)

@@ -1,0 +1,189 @@
+"""One side of a comparison: some steps of training on given token rows, in this process, and a JSON line of figures.
+
+    python -m benchmarks.training tunesmith MODEL_FOLDER ROWS_FOLDER --mode full --steps 6
+
+All sides get the same rows in the same order, so their losses can be compared. ROWS_FOLDER is what `save_to_disk` of
+`datasets` wrote, with input_ids and labels; `benchmarks.pairs` makes one.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+ROWS_PER_STEP, MAX_LENGTH = 8, 1024
+RATES = {"full": 2e-5, "lora": 1e-4}
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def main() -> None:
+    """Train and print the line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("side", choices=sorted(SIDES))
+    parser.add_argument("model")
+    parser.add_argument("rows")
+    parser.add_argument("--mode", choices=sorted(RATES), default="full")
+    parser.add_argument("--steps", type=int, default=6)
+    options = parser.parse_args()
+    figures = SIDES[options.side](options)
+    figures["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)  # KiB on Linux
+    print(json.dumps(figures))
+
+
+# The sides ----------------------------------------------------------------------------------------------------------
+
+
+def with_tunesmith(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """`SFTTrainer` of tunesmith with its own defaults."""
+    from tunesmith import allocator
+
+    allocator.tune()  # as the command line does, before torch is imported
+    import datasets
+
+    from tunesmith import SFTConfig, SFTTrainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = SFTConfig(**common(options, folder), **more)
+        rows = datasets.load_from_disk(options.rows)
+        trainer = SFTTrainer(options.model, args, train_dataset=rows, peft_config=adapter(options))
+        figures = timed(trainer, lambda: trainer.tokens_seen)
+    return figures | {"choices": trainer.choices}
+
+
+def with_trl(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """TRL's `SFTTrainer`."""
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = SFTConfig(**common(options, folder) | {"include_num_input_tokens_seen": "non_padding"} | more)
+        rows = datasets.load_from_disk(options.rows)
+        trainer = SFTTrainer(options.model, args=args, train_dataset=rows, peft_config=adapter(options))
+        return timed(trainer, lambda: trainer.state.num_input_tokens_seen)
+
+
+def with_a_plain_loop(options: argparse.Namespace) -> dict[str, Any]:
+    """What every side must equal: transformers' padded forward pass in float32, all logits, cross entropy, AdamW."""
+    import datasets
+    import torch
+    import torch.nn.functional as F
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    if options.mode == "lora":
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(**LORA))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rate = RATES[options.mode]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
+    rows, figures = datasets.load_from_disk(options.rows), empty_figures()
+    for step in range(options.steps):
+        begin = time.perf_counter()
+        batch = rows[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP]
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / options.steps)
+        ids, labels = (padded(batch[name], fill) for name, fill in (("input_ids", 0), ("labels", -100)))
+        mask = padded([[1] * len(row) for row in batch["input_ids"]], 0)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        loss.backward()
+        figures["grad_norm"].append(torch.nn.utils.clip_grad_norm_(trained, 1.0).item())
+        figures["loss"].append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        figures["seconds"].append(time.perf_counter() - begin)
+        figures["tokens"].append(int(mask.sum()))
+    return with_speed(figures)
+
+
+SIDES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "tunesmith": with_tunesmith,
+    "tunesmith_fp32": lambda options: with_tunesmith(options, bf16=False),
+    "trl": with_trl,
+    "trl_fp32": lambda options: with_trl(options, bf16=False, gradient_checkpointing=False),
+    "trl_tuned": lambda options: with_trl(
+        options, bf16=False, gradient_checkpointing=False, packing=True, per_device_train_batch_size=2
+    ),
+    "plain": with_a_plain_loop,
+}
+"""`trl` has TRL's defaults: bfloat16 and checkpointing; `trl_tuned` packs 2 rows of `MAX_LENGTH` into a step."""
+
+
+# What they share ----------------------------------------------------------------------------------------------------
+
+
+def common(options: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """Arguments of every trainer."""
+    return {
+        "output_dir": folder,
+        "max_length": MAX_LENGTH,
+        "max_steps": options.steps,
+        "per_device_train_batch_size": ROWS_PER_STEP,
+        "learning_rate": RATES[options.mode],
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "seed": 0,
+        "disable_tqdm": True,
+    }
+
+
+def adapter(options: argparse.Namespace) -> Any:
+    """The peft config of the mode."""
+    from peft import LoraConfig
+
+    return LoraConfig(**LORA) if options.mode == "lora" else None
+
+
+def empty_figures() -> dict[str, list]:
+    """A list of each figure of a step."""
+    return {"seconds": [], "tokens": [], "loss": [], "grad_norm": []}
+
+
+def timed(trainer: Any, tokens_seen: Callable[[], int]) -> dict[str, Any]:
+    """Train; the figures of each step."""
+    from transformers import TrainerCallback
+
+    figures = empty_figures()
+
+    class StepClock(TrainerCallback):
+        """Seconds and tokens of each step."""
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            """Start the clock."""
+            self.begin, self.before = time.perf_counter(), tokens_seen()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            """Note the step."""
+            figures["seconds"].append(time.perf_counter() - self.begin)
+            figures["tokens"].append(tokens_seen() - self.before)
+
+    trainer.add_callback(StepClock())
+    trainer.train()
+    for entry in trainer.state.log_history:
+        for name in ("loss", "grad_norm"):
+            if "loss" in entry:
+                figures[name].append(entry[name])
+    return with_speed(figures)
+
+
+def with_speed(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures and real tokens per second without the first two steps, which pay for memory and caches."""
+    return {"tokens_per_second": sum(figures["tokens"][2:]) / sum(figures["seconds"][2:]), **figures}
+
+
+def padded(rows: list[list[int]], fill: int) -> Any:
+    """(rows, longest) int64, filled on the right."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
+
+
+if __name__ == "__main__":
+    main()
