@@ -18,6 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.training import timed_steps
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "trl", "peft", "tunesmith")
 
@@ -28,7 +30,7 @@ def main(name: str, description: str, mode: str, sides: Sequence[str]) -> None:
     parser.add_argument("model", help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("data", type=Path, help="JSON list of Alpaca rows")
     parser.add_argument("--rounds", type=int, default=5, help="times that each side runs")
-    parser.add_argument("--steps", type=int, default=6, help="steps of a run; the first two are not timed")
+    parser.add_argument("--steps", type=timed_steps, default=6, help="steps of a run; the first two are not timed")
     parser.add_argument("--sides", nargs="+", choices=sides, default=list(sides))
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json")
     options = parser.parse_args()

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 ROWS_PER_STEP, MAX_LENGTH = 8, 1024
+UNTIMED = 2
+"""First steps, which pay for memory and caches."""
 RATES = {"full": 2e-5, "lora": 1e-4}
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -26,11 +28,18 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("rows")
     parser.add_argument("--mode", choices=sorted(RATES), default="full")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=timed_steps, default=6)
     options = parser.parse_args()
     figures = SIDES[options.side](options)
     figures["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)  # KiB on Linux
     print(json.dumps(figures))
+
+
+def timed_steps(text: str) -> int:
+    """A number of steps of which some are timed."""
+    if not text.isdecimal() or int(text) <= UNTIMED:
+        raise argparse.ArgumentTypeError(f"expected {UNTIMED + 1} or more, for the first {UNTIMED} are not timed")
+    return int(text)
 
 
 # The sides ----------------------------------------------------------------------------------------------------------
@@ -173,8 +182,9 @@ def timed(trainer: Any, tokens_seen: Callable[[], int]) -> dict[str, Any]:
 
 
 def with_speed(figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures and real tokens per second without the first two steps, which pay for memory and caches."""
-    return {"tokens_per_second": sum(figures["tokens"][2:]) / sum(figures["seconds"][2:]), **figures}
+    """The figures, and real tokens per second without the first steps."""
+    speed = sum(figures["tokens"][UNTIMED:]) / sum(figures["seconds"][UNTIMED:])
+    return {"tokens_per_second": speed, **figures}
 
 
 def padded(rows: list[list[int]], fill: int) -> Any:

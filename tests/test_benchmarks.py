@@ -1,6 +1,6 @@
 """The sides of a comparison train the same rows to the same losses, and ratios are taken within a round."""
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 
 import datasets
 import pytest
@@ -43,3 +43,10 @@ def test_a_ratio_is_the_median_of_those_within_rounds():
     assert found["a"]["ratio"] == 1.0
     assert (found["b"]["ratio"], found["b"]["ratio_spread"]) == (2.0, [1.0, 3.0])
     assert (found["a"]["tokens_per_second"], found["a"]["spread"]) == (60, [10, 100])
+
+
+@pytest.mark.parametrize("text", ["2", "0", "-1", "many"])
+def test_a_run_with_no_timed_step_is_refused(text):
+    assert training.timed_steps("3") == 3
+    with pytest.raises(ArgumentTypeError, match="expected 3 or more"):
+        training.timed_steps(text)
