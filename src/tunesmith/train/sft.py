@@ -32,6 +32,7 @@ from tunesmith.train.arguments import (
 from tunesmith.train.batching import EpochSampler
 from tunesmith.train.choose import keeps_masters, settled
 from tunesmith.train.collate import FlatCollator, LocatedCollator
+from tunesmith.train.compiling import plan_compiling
 from tunesmith.train.completion_only import DataCollatorForCompletionOnlyLM, LabelsForReport
 from tunesmith.train.datasets import prepared, prepared_mixture
 from tunesmith.train.generation import GeneratingTrainer
@@ -162,6 +163,9 @@ class SFTTrainer(GeneratingTrainer):
                 callback.logging_dir = args.logging_dir  # transformers 5 reads an environment variable instead
         tag_model(model)
         self.support = self._probe()
+        if train_dataset is not None:
+            self._compiles, line = plan_compiling(self)
+            self.choices.append(line)
         for line in self.choices:
             logger.info(line)
 
