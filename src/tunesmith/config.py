@@ -276,6 +276,9 @@ class TrainingFields:
     padding_free: bool | None = None
     """Lay examples end to end with no padding and attend within each. `None`: wherever a start-up check shows that
     the model keeps them apart."""
+    share_prefix: bool | None = None
+    """Compute once in a micro-batch what all its examples begin with, such as a system prompt; the result is the same.
+    `None`: on a CPU, wherever a start-up check shows it and nothing is drawn by chance (dropout, NEFTune)."""
     bf16: bool | None = None
     """Multiply in bfloat16; weights stay as they are. `None`: where a start-up probe finds it faster."""
     gradient_checkpointing: bool | None = None
