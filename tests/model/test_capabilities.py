@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from tunesmith.model import capabilities
-from tunesmith.model.capabilities import activations_fit, agree, bf16_is_faster, probe_model
+from tunesmith.model.capabilities import Support, activations_fit, agree, bf16_is_faster, probe_model
 
 
 def test_a_plain_model_takes_flat_documents(tiny_model):
     tiny_model.train()
-    assert probe_model(tiny_model) == ("documents", True, "")
+    assert probe_model(tiny_model) == Support("documents", plain_head=True, why="", shares_prefix=True)
     assert tiny_model.training
 
 

@@ -10,16 +10,20 @@ from tunesmith.train.sft import SFTTrainer
 LENGTHS = (9, 4, 14, 6, 11, 5, 8, 17)
 
 
-def token_rows(lengths=LENGTHS, seed=0, weights=False) -> datasets.Dataset:
-    """Random ids; the first third of each document is prompt. With `weights`, tokens count 0.5, 1.5, 0.5, ..."""
+def token_rows(lengths=LENGTHS, seed=0, weights=False, prefix=0) -> datasets.Dataset:
+    """Random ids behind `prefix` that all have in common; the first third of each document is prompt, too.
+
+    With `weights`, tokens count 0.5, 1.5, 0.5, ...
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for length in lengths:
-        ids = torch.randint(0, 256, (length,), generator=generator).tolist()
-        prompt = max(1, length // 3)
+        own = torch.randint(0, 256, (length,), generator=generator).tolist()
+        ids = list(range(1, prefix + 1)) + own
+        prompt = prefix + max(1, length // 3)
         row = {"input_ids": ids, "labels": [IGNORE_INDEX] * prompt + ids[prompt:]}
         if weights:
-            row["weights"] = [0.5 + (index % 2) for index in range(length)]
+            row["weights"] = [0.5 + (index % 2) for index in range(len(ids))]
         rows.append(row)
     return datasets.Dataset.from_list(rows)
 
@@ -53,6 +57,7 @@ def make_trainer(model, tokenizer, dataset, tmp_path, **options) -> SFTTrainer:
 
 def first_gradients(trainer) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of the first optimizer step, accumulated over its micro-batches, before the update."""
+    trainer._compile()
     trainer.create_optimizer_and_scheduler(num_training_steps=1)
     batches = iter(trainer.get_train_dataloader())
     samples, items = trainer.get_batch_samples(batches, trainer.args.gradient_accumulation_steps, trainer.args.device)

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import DataCollatorForSeq2Seq
 
 from tests.train.rows import token_rows
@@ -43,6 +45,38 @@ def test_a_packed_row_is_its_documents():
     apart, together = FlatCollator()(ROWS), FlatCollator()([packed])
     for key, value in apart.items():
         assert torch.equal(together[key], value) if isinstance(value, torch.Tensor) else together[key] == value
+
+
+def test_what_documents_begin_with_is_laid_down_once():
+    rows = [
+        {"input_ids": [7, 8, 9, 1, 2], "labels": [-100, -100, -100, 1, 2]},
+        {"input_ids": [7, 8, 9, 3], "labels": [-100, -100, -100, 3], "weights": [1.0, 1.0, 1.0, 0.5]},
+    ]
+    batch = FlatCollator(share_prefix=True, pad_to_multiple_of=4)(rows)
+    assert batch["input_ids"].tolist() == [[7, 8, 9, 1, 2, 9, 3, 0]]  # not the 9, which is followed by a trained token
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 3, 0]]
+    assert (batch["shared_prefix"], batch["document_lengths"]) == ((2, 2), (5, 2, 1))
+    assert (batch["loss_index"].tolist(), batch["loss_targets"].tolist()) == ([2, 3, 5], [1, 2, 3])
+    assert batch["loss_weights"].tolist() == [1.0, 1.0, 0.5]
+    assert batch["num_tokens"] == 9
+
+
+DOCUMENT = st.lists(st.integers(0, 1), min_size=1, max_size=6).flatmap(
+    lambda ids: st.tuples(st.just(ids), st.integers(0, len(ids)))
+)
+
+
+@given(st.lists(DOCUMENT, min_size=1, max_size=4))
+def test_shared_beginnings_can_be_put_back_and_train_nothing(drawn):
+    rows = [{"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]} for ids, prompt in drawn]
+    apart, shared = FlatCollator()(rows), FlatCollator(share_prefix=True)(rows)
+    tokens, count = shared["shared_prefix"]
+    ids, labels = (shared[name][0].split(shared["document_lengths"]) for name in ("input_ids", "labels"))
+    whole = [torch.cat([ids[0][:tokens], part]) if 0 < index < count else part for index, part in enumerate(ids)]
+    assert torch.cat(whole).tolist() == apart["input_ids"][0].tolist()
+    assert shared["loss_targets"].tolist() == apart["loss_targets"].tolist()
+    assert (labels[0][: tokens + 1] == -100).all()  # a loss at the prefix would count once in place of `count` times
+    assert all(len(part) for part in ids)
 
 
 def test_padding_is_on_the_right_and_ignored_by_position():

@@ -25,17 +25,20 @@ LAYOUTS = {
     "padded": {"padding_free": False},
     "packed": {"packing": True, "max_length": 32},
     "one by one": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": len(LENGTHS)},
-    "token budget": {"tokens_per_batch": 30, "gradient_accumulation_steps": 3},
+    "token budget": {"tokens_per_batch": 30, "gradient_accumulation_steps": len(LENGTHS)},
     "checkpointed": {"gradient_checkpointing": True},
+    "prefixes apart": {"share_prefix": False},
 }
+PREFIX = 5
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("weights", [True, False])
-def test_every_layout_equals_a_plain_loop(make_tiny_model, byte_tokenizer, tmp_path, layout, tied, weights):
-    rows = token_rows(weights=weights)
+@pytest.mark.parametrize("prefix", [0, PREFIX])
+def test_every_layout_equals_a_plain_loop(make_tiny_model, byte_tokenizer, tmp_path, layout, tied, weights, prefix):
+    rows = token_rows(weights=weights, prefix=prefix)
     expected = reference_gradients(make_tiny_model(tie_word_embeddings=tied), rows)
     model = make_tiny_model(tie_word_embeddings=tied)
     trainer = make_trainer(model, byte_tokenizer, rows, tmp_path, **LAYOUTS[layout])
@@ -47,7 +50,7 @@ def test_every_layout_equals_a_plain_loop(make_tiny_model, byte_tokenizer, tmp_p
 def test_every_layout_equals_a_plain_loop_with_lora(make_tiny_model, byte_tokenizer, tmp_path, layout, extra):
     from peft import get_peft_model
 
-    rows, config = token_rows(), LoraConfig(**{**LORA.to_dict(), **extra})
+    rows, config = token_rows(prefix=PREFIX), LoraConfig(**{**LORA.to_dict(), **extra})
     model = make_tiny_model()
     set_seed(7)
     expected = reference_gradients(get_peft_model(model, config), rows)
@@ -83,7 +86,7 @@ def test_sliding_windows_are_exact(byte_tokenizer, tmp_path, layout, window):
             )
         )
 
-    rows = token_rows()
+    rows = token_rows(prefix=PREFIX)
     trainer = make_trainer(build(), byte_tokenizer, rows, tmp_path, **LAYOUTS[layout])
     assert trainer.support.layout == ("padded" if layout == "padded" else "documents")
     assert_same(first_gradients(trainer), reference_gradients(build(), rows))
@@ -184,6 +187,36 @@ def weights_after(model, tokenizer, rows, tmp_path, **options):
     return losses, {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
+@pytest.mark.parametrize("layout", ["flat", "packed", "token budget"])
+def test_what_all_documents_begin_with_is_computed_once(make_tiny_model, byte_tokenizer, tmp_path, layout):
+    rows, sizes = token_rows(prefix=PREFIX), []
+    for options in ({}, {"share_prefix": False}):
+        options = {**LAYOUTS[layout], **options} | ({"max_length": 44} if layout == "packed" else {})
+        trainer = make_trainer(make_tiny_model(), byte_tokenizer, rows, tmp_path, **options)
+        batches = list(trainer.get_train_dataloader())
+        assert sum(batch["num_tokens"] for batch in batches) == sum(len(ids) for ids in rows["input_ids"])
+        sizes.append([batch["input_ids"].shape[1] for batch in batches])
+    saved = [apart - shared for shared, apart in zip(*sizes)]
+    documents = [len(batch["document_lengths"]) for batch in batches]
+    assert saved == [PREFIX * (count - 1) for count in documents]
+    assert sum(documents) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"neftune_noise_alpha": 5.0}, "NEFTune"),
+        ({"padding_free": False}, "flat"),
+        ({"peft_config": LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")}, "dropout"),
+    ],
+)
+def test_prefixes_stay_apart_where_they_must(make_tiny_model, byte_tokenizer, tmp_path, options, why):
+    trainer = make_trainer(make_tiny_model(), byte_tokenizer, token_rows(prefix=PREFIX), tmp_path, **options)
+    assert not getattr(trainer.data_collator, "share_prefix", False)
+    with pytest.raises(ConfigError, match=f"share_prefix: .*{why}"):
+        make_trainer(make_tiny_model(), byte_tokenizer, token_rows(), tmp_path, share_prefix=True, **options)
+
+
 @pytest.mark.parametrize("batch", [(1, 8), (2, 4), (4, 2)])
 def test_accumulated_equals_whole(make_tiny_model, byte_tokenizer, tmp_path, batch):
     rows, size = token_rows(LENGTHS * 3), ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -200,12 +233,12 @@ def test_accumulated_equals_whole(make_tiny_model, byte_tokenizer, tmp_path, bat
 
 @pytest.mark.parametrize("layout", [{}, {"padding_free": False}, {"eval_packing": True, "max_length": 40}])
 def test_evaluation_does_not_depend_on_the_batch_size(make_tiny_model, byte_tokenizer, tmp_path, layout):
-    rows = token_rows()
+    rows = token_rows(prefix=PREFIX)
     expected, _ = reference_gradients(make_tiny_model(), rows)
     for size in (1, 3, 8):
         options = {**layout, "per_device_eval_batch_size": size, "eval_dataset": rows}
         metrics = make_trainer(make_tiny_model(), byte_tokenizer, rows, tmp_path, **options).evaluate()
-        assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-6)
+        assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-6)
         assert metrics["eval_perplexity"] == pytest.approx(torch.tensor(expected).exp().item(), rel=1e-5)
 
 

@@ -228,10 +228,10 @@ class SFTTrainer(GeneratingTrainer):
     def _probe(self) -> Support:
         """Find out how this model may be fed, set the collator, and say what was chosen."""
         support = self._asked(self._measured())
+        shares = shares_prefix(self, support)
         if self._own_batches and support.layout == "padded":
             self.data_collator = self._padding_collator()
         elif self._own_batches:
-            shares = shares_prefix(self, support)
             self.data_collator = FlatCollator(support.layout == "documents", self.args.pad_to_multiple_of, shares)
         self._attention_configs = attention_configs(self.model) if support.layout == "documents" else []
         sharing = ", a common beginning once" if getattr(self.data_collator, "share_prefix", False) else ""
@@ -343,7 +343,8 @@ def shares_prefix(trainer: SFTTrainer, support: Support) -> bool:
     """
     args = trainer.args
     against = {
-        "this model or device computes every document apart": not support.shares_prefix,
+        "batches are not flat documents": support.layout != "documents" or not trainer._own_batches,
+        "this model, or this device, computes every document apart": not support.shares_prefix,
         "dropout is drawn for every token": drops_out(trainer.model),
         "NEFTune's noise is drawn for every token": bool(args.neftune_noise_alpha),
         "router_aux_loss_coef counts every token": bool(args.router_aux_loss_coef),
