@@ -53,36 +53,36 @@ def main() -> None:
 def table(options: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows, the most valuable first. `about`: seconds that a row takes, a guess until it has run."""
     profile = {"profile": str(options.output.parent / "gpu-profile-{}.txt")}
-    halves = {"accumulate": 4, "dtype": "bfloat16", "about": 60}  # 8B: float32 masters would take 128 GB
+    halves = {"dtype": "bfloat16", "about": 60}  # float32 masters of 8B would take 128 GB
+    parts = {"accumulate": 4, "about": 60}  # 4,000 tokens of 8B fit without checkpointing, 16,000 do not
     growing = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     rows = [
         row("device", "probe", about=12),
         *(row(f"0.5b full {side}", side) for side in SIDES[:3]),
         *(row(f"1b full {side}", side, "1b") for side in SIDES[:3]),
         row("0.5b full profile", "tunesmith", **profile),
-        *(row(f"8b lora {side}", side, "8b", "lora", about=60) for side in SIDES[:2]),
+        *(row(f"8b lora {side}", side, "8b", "lora", **parts) for side in SIDES[:2]),
         row("0.5b full liger", "tunesmith", options={"use_liger_kernel": True}),
         row("0.5b full compiled", "tunesmith", options={"compile_layers": True}, untimed=8, about=60),
         row("0.5b full not compiled", "tunesmith", options={"compile_layers": False}),
         *(row(f"0.5b full {size} rows", "tunesmith", rows=size, steps=20) for size in (160, 320, 40)),
-        row("8b lora trl", "trl", "8b", "lora", about=90),
+        row("8b lora trl", "trl", "8b", "lora", accumulate=4, about=90),
         row("8b full tunesmith", "tunesmith", "8b", options={"upcast_trainable": False}, **halves),
-        row("8b qlora tunesmith", "tunesmith", "8b", "qlora", about=60),
-        row("8b qlora trl_varlen", "trl_varlen", "8b", "qlora", about=60),
+        *(row(f"8b qlora {side}", side, "8b", "qlora", **parts) for side in SIDES[:2]),
         *(row(f"0.5b full 8 rows {side}", side, rows=8, steps=60) for side in ("tunesmith", "trl")),
         *(row(f"{shape} full trl_padded", "trl_padded", shape) for shape in ("0.5b", "1b")),
         *(row(f"{shape} lora {side}", side, shape, "lora") for shape in ("0.5b", "1b") for side in SIDES[:3]),
-        row("8b lora profile", "tunesmith", "8b", "lora", about=60, **profile),
-        row("8b lora accumulate 4", "tunesmith", "8b", "lora", accumulate=4, about=60),
-        row("8b full trl_varlen", "trl_varlen", "8b", **halves),
+        row("8b lora profile", "tunesmith", "8b", "lora", **parts, **profile),
+        row("8b lora whole", "tunesmith", "8b", "lora", about=60),
+        row("8b full trl_varlen", "trl_varlen", "8b", options={"gradient_checkpointing": True}, **halves),
         row("1b full liger", "tunesmith", "1b", options={"use_liger_kernel": True}),
         row("1b full compiled", "tunesmith", "1b", options={"compile_layers": True}, untimed=8, about=60),
         row("1b full not compiled", "tunesmith", "1b", options={"compile_layers": False}),
         *(row(f"1b full {size} rows", "tunesmith", "1b", rows=size, steps=20) for size in (160, 40)),
-        row("8b lora liger", "tunesmith", "8b", "lora", options={"use_liger_kernel": True}, about=60),
+        row("8b lora liger", "tunesmith", "8b", "lora", options={"use_liger_kernel": True}, **parts),
         row("0.5b full no metrics", "tunesmith", options={"token_metrics": False}),
         row("0.5b full expandable", "tunesmith", environment=growing),
-        row("8b lora expandable", "tunesmith", "8b", "lora", environment=growing),
+        row("8b lora expandable", "tunesmith", "8b", "lora", environment=growing, **parts),
     ]  # fmt: skip
     for each in rows:
         each["device"] = options.device

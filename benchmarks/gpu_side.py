@@ -158,7 +158,8 @@ def varlen_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mas
     if not query.is_cuda:
         lengths = tuple(bounds.diff().tolist())
         return looped_documents(query, key, value, lengths, given.get("scaling"), 0.0, None), None
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # rotary positions of a model with float32 weights leave queries and keys in float32, also under autocast
+    q, k, v = (tensor[0].transpose(0, 1).to(value.dtype) for tensor in (query, key, value))
     return varlen(q, k, v, bounds, int(given["max_length_q"]), given.get("scaling"), None).unsqueeze(0), None
 
 

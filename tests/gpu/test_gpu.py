@@ -19,6 +19,7 @@ from tests.gpu.device import (
     marks,
 )
 from tests.train.rows import assert_same, first_gradients, make_trainer, reference_gradients, token_rows
+from tunesmith.model import attention
 from tunesmith.model.adapt import attach
 from tunesmith.model.attention import document_attention, window_mask
 from tunesmith.train.loss import head_loss
@@ -206,6 +207,22 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(byte_tokenizer, tmp
     for (name, found), expected in zip(resumed.model.named_parameters(), whole.model.parameters()):
         assert distance(found, expected) < 3e-3, name
     assert resumed.state.log_history[-2]["loss"] == pytest.approx(whole.state.log_history[-2]["loss"], rel=3e-3)
+
+
+@cuda_only
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16_steps_attend_with_the_flash_kernel(byte_tokenizer, tmp_path, monkeypatch, lora, dtype):
+    """Rotary positions of a model with float32 weights make float32 of queries and keys, also under autocast."""
+
+    def refuse(*_):
+        raise AssertionError("one attention call per document")
+
+    peft_config = LoraConfig(**LORA) if lora else None
+    options = {"bf16": True, "peft_config": peft_config, **GPU}
+    trainer = make_trainer(build().to(dtype), byte_tokenizer, token_rows(), tmp_path, **options)
+    monkeypatch.setattr(attention, "looped_documents", refuse)
+    first_gradients(trainer)
 
 
 # ---- the host does not wait --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from transformers import DataCollatorForSeq2Seq
@@ -43,6 +44,17 @@ def test_a_packed_row_is_its_documents():
     apart, together = FlatCollator()(ROWS), FlatCollator()([packed])
     for key, value in apart.items():
         assert torch.equal(together[key], value) if isinstance(value, torch.Tensor) else together[key] == value
+
+
+@pytest.mark.parametrize("make", [list, torch.tensor, np.array])
+def test_rows_may_be_lists_tensors_or_arrays(make):
+    rows = [{name: make(values) for name, values in row.items()} for row in ROWS]
+    for key, value in FlatCollator()(ROWS).items():
+        found = FlatCollator()(rows)[key]
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(found, value, rtol=0, atol=0)
+        else:
+            assert found == value
 
 
 def test_padding_is_on_the_right_and_ignored_by_position():
