@@ -121,6 +121,8 @@ def run_all(rows: list[dict[str, Any]], result: dict[str, Any], output: Path, de
         if following is not None and following["name"] not in started:
             started[following["name"]] = start(following)
         figures = finish(row, process, deadline)
+        if figures.get("error") == "UnknownOption":  # of a tunesmith to come
+            figures = {"left_out": figures["said"]}
         if row["side"] == "probe":
             result["device"] |= figures
         else:
@@ -227,8 +229,8 @@ def outcome(report: Path) -> dict[str, Any]:
     ended = {
         kind: [case.get("name") for case in cases if case.find(kind) is not None] for kind in ("failure", "error")
     }
-    skipped = [case.get("name") for case in cases if case.find("skipped") is not None]
-    return {"ran": len(cases) - len(skipped), "failed": ended["failure"] + ended["error"], "skipped": skipped}
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    return {"ran": len(cases) - skipped, "failed": ended["failure"] + ended["error"], "skipped": skipped}
 
 
 def print_table(result: dict[str, Any]) -> None:

@@ -5,8 +5,10 @@
 # wheels in .gpu-wheels (WHEELS), which scripts/gpu_wheels.sh fills where there is a network.
 # Writes OUT/gpu-<device>.json after every row, OUT/gpu-<device>.log, profiles as text, the tests as JUnit XML. Rows
 # that benchmarks/results/gpu-<device>.json has already are not run again, unless --fresh: so copy OUT's file there
-# between two runs. --rows takes words of names of rows. --dry-run: tiny shapes on the CPU, no tests.
-# The exit code is that of the tests.
+# between two runs. --rows takes words of names of rows. --dry-run: tiny shapes on the CPU, where tests skip
+# themselves unless TUNESMITH_GPU_DRY_RUN=1.
+# The exit code is that of the tests. On a lent machine: carry .gpu-wheels, and give the command a minute more than
+# --minutes.
 set -u
 out=${1:?usage: scripts/gpu_check.sh OUT [--minutes 9] [--rows WORD ...] [--no-tests] [--fresh] [--dry-run]}
 shift
@@ -17,7 +19,7 @@ while [ $# -gt 0 ]; do
     --rows) while [ $# -gt 1 ] && [ "${2#--}" = "$2" ]; do rows+=("$2") && shift; done ;;
     --no-tests) tests=no ;;
     --fresh) fresh=yes ;;
-    --dry-run) dry=yes tests=no ;;
+    --dry-run) dry=yes ;;
     *) echo "gpu_check: unknown argument $1" && exit 2 ;;
     esac
     shift
@@ -63,8 +65,8 @@ code=0 junit=()
 } > "$log" 2>&1
 if [ $tests = yes ]; then
     junit=(--tests "$out/gpu-tests.xml")
-    seconds=$("$python" -c "print(int(min(240, 24 * $minutes)))")
-    timeout "$seconds" "$python" -m pytest -m gpu tests/gpu -rA -p no:cacheprovider --durations=10 \
+    seconds=$("$python" -c "print(int(min(240, 22 * $minutes)))")
+    timeout -s INT -k 15 "$seconds" "$python" -m pytest -m gpu tests/gpu -rA -p no:cacheprovider --durations=10 \
         --junitxml="$out/gpu-tests.xml" >> "$log" 2>&1
     code=$?
     grep -E '^(FAILED|ERROR|SKIPPED)|passed|failed|no tests ran' "$log" | cut -c1-300 | tail -n 40

@@ -134,6 +134,14 @@ def test_a_row_that_needs_too_much_memory_is_tried_in_smaller_parts(monkeypatch,
     assert found == {"tokens_per_second": 5, "accumulate": 4, "out_of_memory_with_accumulate": [1, 2]}
 
 
+def test_an_option_that_is_not_there_yet_leaves_its_row_out(monkeypatch, tmp_path, table):
+    monkeypatch.setattr(gpu, "start", lambda row: SimpleNamespace(poll=lambda: 0))
+    monkeypatch.setattr(gpu, "waited_for", lambda *_: {"error": "UnknownOption", "said": "no compile_layers"})
+    result = gpu.begun(tmp_path / "gpu.json", "cpu")
+    gpu.run_all(table[1:2], result, tmp_path / "gpu.json", time.monotonic() + 100)
+    assert result["rows"][table[1]["name"]]["left_out"] == "no compile_layers"
+
+
 def test_ratios_are_ours_over_each_peer_of_the_same_work():
     rows = {f"8b lora {side}": {"tokens_per_second": speed} for side, speed in (("tunesmith", 300), ("trl", 100))}
     assert gpu.ratios({**rows, "1b full trl": {"tokens_per_second": 7}}) == {"8b lora trl": 3.0}
@@ -152,4 +160,4 @@ def test_the_outcome_of_tests_is_read(tmp_path):
         '<testsuites><testsuite><testcase name="a"/><testcase name="b"><failure/></testcase>'
         '<testcase name="c"><skipped/></testcase></testsuite></testsuites>'
     )
-    assert gpu.outcome(report) == {"ran": 2, "failed": ["b"], "skipped": ["c"]}
+    assert gpu.outcome(report) == {"ran": 2, "failed": ["b"], "skipped": 1}

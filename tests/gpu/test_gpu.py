@@ -26,7 +26,7 @@ from tunesmith.train.loss import head_loss
 
 pytestmark = marks
 
-MANY_SHORT = tuple(1 + (7 * index) % 23 for index in range(400))
+MANY_SHORT = tuple(1 + (7 * index) % 23 for index in range(150))
 LENGTHS = {"few": (5, 1, 90), "many short": MANY_SHORT, "long": (700, 1, 300)}
 
 
