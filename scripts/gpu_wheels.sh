@@ -10,7 +10,7 @@ python=${PYTHON:-python3}
 # TRL is the peer; liger-kernel and bitsandbytes are optional parts of tunesmith; the others are what
 # tunesmith and datasets need that an image with torch, transformers, peft and accelerate may lack.
 packages=(trl liger-kernel bitsandbytes datasets dill multiprocess httpx pydantic pydantic_core
-    annotated-types typing-inspection)
+    annotated-types typing-inspection typing_extensions)
 pins=(trl==1.16.0 liger-kernel==0.8.5)
 pinned() { # what constraints.txt or the list above says of a package
     local found
