@@ -276,10 +276,16 @@ class TrainingFields:
     padding_free: bool | None = None
     """Lay examples end to end with no padding and attend within each. `None`: wherever a start-up check shows that
     the model keeps them apart."""
+    share_prefix: bool | None = None
+    """Compute once in a micro-batch what all its examples begin with, such as a system prompt; the result is the same.
+    `None`: on a CPU, wherever a start-up check shows it and nothing is drawn by chance (dropout, NEFTune)."""
     bf16: bool | None = None
     """Multiply in bfloat16; weights stay as they are. `None`: where a start-up probe finds it faster."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass to save memory. `None`: only where they would not fit."""
+    compile_layers: bool | None = None
+    """Compile the decoder layers with `torch.compile`, all but their attention. `None`: on a CPU, where there is a C++
+    compiler and the run is long enough to repay some ten seconds."""
     upcast_trainable: bool | None = None
     """Hold trained weights in float32 even if loaded in half precision, which rounds small updates away. `None`: yes,
     unless `model_init_kwargs` asked for their type."""

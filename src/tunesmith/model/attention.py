@@ -37,6 +37,7 @@ def document_attention(
     sliding_window: int | None = None,
     document_lengths: tuple[int, ...] | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    shared_prefix: tuple[int, int] = (0, 0),
     **special: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document.
@@ -45,6 +46,8 @@ def document_attention(
         query: (1, heads, T, D); key and value: (1, kv_heads, T, D), T the tokens of all documents.
         document_lengths: tokens per document on the host; sums to T.
         cu_seq_lens_q: (documents + 1,) int32 on the device, the same boundaries.
+        shared_prefix: (tokens, documents): so many documents begin with the first so many tokens of the first one,
+            and only there do these tokens stand.
         special: other attention arguments; soft-caps and sinks are refused.
 
     Returns: (1, T, heads, D) and no weights.
@@ -55,7 +58,9 @@ def document_attention(
     for name in ("softcap", "s_aux", "position_bias", "head_mask"):
         if special.get(name) is not None:
             raise NotImplementedError(f"document attention has no {name}")
-    if query.is_cuda and query.dtype in HALF and dropout == 0.0:
+    if shared_prefix[0]:
+        output = sharing_documents(query, key, value, document_lengths, shared_prefix, scaling, sliding_window)
+    elif query.is_cuda and query.dtype in HALF and dropout == 0.0:
         output = flash_documents(query, key, value, document_lengths, cu_seq_lens_q, scaling, sliding_window)
     else:
         output = looped_documents(query, key, value, document_lengths, scaling, dropout, sliding_window)
@@ -72,23 +77,52 @@ def looped_documents(
     window: int | None,
 ) -> Tensor:
     """One SDPA call per document; shapes as in `document_attention`. CPUs have a flash kernel for it."""
-    grouped = query.shape[1] != key.shape[1]
     # split, not slicing: its backward concatenates, where slices would each add a zero-filled full tensor
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2))
-    outputs = [
-        attend(
-            q,
-            k,
-            v,
-            attn_mask=window_mask(q.shape[2], window, q.device) if window and q.shape[2] > window else None,
-            is_causal=not (window and q.shape[2] > window),
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=grouped,
-        )
-        for q, k, v in parts
-    ]
+    outputs = [attend_document(*part, scaling, dropout, window) for part in parts]
     return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def sharing_documents(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    shared_prefix: tuple[int, int],
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """`looped_documents` where documents share a prefix: each attends with it in front, and leaves its output out."""
+    tokens, count = shared_prefix
+    parts = list(zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2)))
+    prefix = [part[:, :, :tokens] for part in parts[0]]
+    prefix[0] = prefix[0].detach()  # what these queries find is left out, so they have no gradient
+    outputs = [attend_document(*parts[0], scaling, 0.0, window)]
+    for index, part in enumerate(parts[1:], start=1):
+        if index < count:
+            whole = [torch.cat(pair, dim=2) for pair in zip(prefix, part)]
+            outputs.append(attend_document(*whole, scaling, 0.0, window)[:, :, tokens:])
+        else:
+            outputs.append(attend_document(*part, scaling, 0.0, window))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def attend_document(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, window: int | None
+) -> Tensor:
+    """Causal attention of one document, (1, heads, L, D)."""
+    length = query.shape[2]
+    windowed = bool(window and length > window)
+    return attend(
+        query,
+        key,
+        value,
+        attn_mask=window_mask(length, window, query.device) if windowed else None,
+        is_causal=not windowed,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

@@ -21,6 +21,8 @@ class Support(NamedTuple):
     """The logits are exactly the output of the head module, so the loss may be formed inside it."""
     why: str = ""
     """What ruled out the faster layouts."""
+    shares_prefix: bool = False
+    """Documents may share their first tokens (`shared_prefix` of document attention)."""
 
 
 def probe_model(model: nn.Module, *, lengths: tuple[int, int] = (5, 7), seed: int = 0) -> Support:
@@ -39,7 +41,8 @@ def probe_model(model: nn.Module, *, lengths: tuple[int, int] = (5, 7), seed: in
     try:
         with torch.no_grad(), rows_apart(model):
             expected, plain_head = _separate_logits(model, ids, lengths)
-            return _fastest_layout(model, ids, lengths, expected, plain_head)
+            support = _fastest_layout(model, ids, lengths, expected, plain_head)
+            return support._replace(shares_prefix=_shares_prefix(model, ids, support))
     finally:
         model.train(training)
 
@@ -95,6 +98,29 @@ def _flat_logits(model: nn.Module, ids: Tensor, lengths: tuple[int, int], layout
     bounds = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=ids.device)
     with documents_attend(attention_configs(model)):
         return model(**inputs, document_lengths=lengths, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds).logits
+
+
+def _shares_prefix(model: nn.Module, ids: Tensor, support: Support, prefix: int = 3) -> bool:
+    """Whether two documents that begin alike have the same logits when their beginning stands there only once."""
+    if support.layout != "documents" or ids.is_cuda:
+        return False
+    first = ids[:, :5]
+    second = torch.cat([ids[:, :prefix], ids[:, 5:9]], dim=1)
+    expected = torch.cat([model(input_ids=part, use_cache=False).logits for part in (first, second)], dim=1)
+    shared = torch.cat([first, second[:, prefix:]], dim=1)
+    positions = torch.tensor([[0, 1, 2, 3, 4, *range(prefix, second.shape[1])]], device=ids.device)
+    inputs = {"input_ids": shared, "position_ids": positions, "use_cache": False}
+    lengths = (5, second.shape[1] - prefix)
+    bounds = torch.tensor([0, 5, sum(lengths)], dtype=torch.int32, device=ids.device)
+    with documents_attend(attention_configs(model)):
+        found = model(
+            **inputs,
+            document_lengths=lengths,
+            cu_seq_lens_q=bounds,
+            cu_seq_lens_k=bounds,
+            shared_prefix=(prefix, 2),
+        ).logits
+    return agree(found[:, 5:], expected[:, 5 + prefix :]) and agree(found[:, :5], expected[:, :5])
 
 
 def agree(found: Tensor, expected: Tensor) -> bool:

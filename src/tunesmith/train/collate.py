@@ -22,24 +22,31 @@ class FlatCollator:
     Rows have `input_ids` and `labels`, optionally `weights`, and `seq_lengths` when they are packed.
     `boundaries=True` adds what document attention reads: `document_lengths` (host), `cu_seq_lens_q`, `cu_seq_lens_k`.
     `pad_to_multiple_of` adds a last document that trains nothing, for a total that is a multiple of it.
+    `share_prefix=True` lays down once what all documents begin with, as `shared_prefix` (tokens, documents) tells.
     """
 
-    def __init__(self, boundaries: bool = True, pad_to_multiple_of: int | None = None):
+    def __init__(self, boundaries: bool = True, pad_to_multiple_of: int | None = None, share_prefix: bool = False):
         self.boundaries, self.pad_to_multiple_of = boundaries, pad_to_multiple_of
+        self.share_prefix = share_prefix
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One flat batch."""
         documents = [document for row in rows for document in split_documents(row)]
         num_tokens = sum(len(document["input_ids"]) for document in documents)
-        missing = -num_tokens % self.pad_to_multiple_of if self.pad_to_multiple_of else 0
+        prefix, sharing = common_prefix(documents) if self.share_prefix else 0, len(documents)
+        documents = [document if index == 0 else without(document, prefix) for index, document in enumerate(documents)]
+        laid = sum(len(document["input_ids"]) for document in documents)
+        missing = -laid % self.pad_to_multiple_of if self.pad_to_multiple_of else 0
         missing = missing or int(not documents)
         documents += [nothing(missing)] * (missing > 0)
         input_ids = torch.cat([document["input_ids"] for document in documents])
         labels = torch.cat([first_masked(document["labels"]) for document in documents])
         lengths = [len(document["input_ids"]) for document in documents]
+        begins = [prefix if 0 < index < sharing else 0 for index in range(len(documents))]
+        positions = [torch.arange(begin, begin + length) for begin, length in zip(begins, lengths)]
         batch: dict[str, Any] = {
             "input_ids": input_ids.unsqueeze(0),
-            "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+            "position_ids": torch.cat(positions).unsqueeze(0),
             "labels": labels.unsqueeze(0),
             "num_tokens": num_tokens,
             **loss_positions(labels.unsqueeze(0), joined_weights(documents)),
@@ -47,6 +54,7 @@ class FlatCollator:
         if self.boundaries:
             bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
             batch |= {"document_lengths": tuple(lengths), "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            batch["shared_prefix"] = (prefix, sharing)
         return batch
 
 
@@ -145,6 +153,28 @@ def split_documents(row: dict[str, Any]) -> list[dict[str, Tensor]]:
 def as_tensor(values: Any) -> Tensor:
     """A tensor of `values`; lists by way of numpy, which reads them six times as fast as torch does."""
     return torch.from_numpy(np.array(values)) if isinstance(values, list) and values else torch.as_tensor(values)
+
+
+def common_prefix(documents: Sequence[dict[str, Tensor]]) -> int:
+    """How many first tokens all documents have in common before the first position with a loss in any of them.
+
+    >>> common_prefix([{"input_ids": torch.tensor(ids), "labels": torch.tensor([-100, -100, -100, ids[-1]])}
+    ...                for ids in ([7, 8, 1, 2], [7, 8, 3, 4])])
+    2
+    """
+    if len(documents) < 2:
+        return 0
+    trained = [(document["labels"] != IGNORE_INDEX).nonzero() for document in documents]
+    # the loss of the first trained token is formed at the position before it
+    limits = [int(found[0]) - 1 if len(found) else len(one["labels"]) - 1 for found, one in zip(trained, documents)]
+    limit = max(0, min(limits))
+    ids = torch.stack([document["input_ids"][:limit] for document in documents])
+    return int((ids == ids[0]).all(0).long().cumprod(0).sum())
+
+
+def without(document: dict[str, Tensor], prefix: int) -> dict[str, Tensor]:
+    """A document without its first tokens."""
+    return {name: values[prefix:] for name, values in document.items()}
 
 
 def first_masked(labels: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from tunesmith.model.attention import attention_configs
 from tunesmith.model.capabilities import Support, probe_model
 from tunesmith.model.liger import apply_liger, check_liger, liger_options
 from tunesmith.model.load import check_vocabulary
+from tunesmith.model.quantize import is_quantized
 from tunesmith.train.arguments import (
     check_arguments,
     check_ids,
@@ -32,6 +33,7 @@ from tunesmith.train.arguments import (
 from tunesmith.train.batching import EpochSampler
 from tunesmith.train.choose import keeps_masters, settled
 from tunesmith.train.collate import FlatCollator, LocatedCollator
+from tunesmith.train.compiling import drops_out, plan_compiling
 from tunesmith.train.completion_only import DataCollatorForCompletionOnlyLM, LabelsForReport
 from tunesmith.train.datasets import prepared, prepared_mixture
 from tunesmith.train.generation import GeneratingTrainer
@@ -162,6 +164,9 @@ class SFTTrainer(GeneratingTrainer):
                 callback.logging_dir = args.logging_dir  # transformers 5 reads an environment variable instead
         tag_model(model)
         self.support = self._probe()
+        if train_dataset is not None:
+            self._compiles, line = plan_compiling(self)
+            self.choices.append(line)
         for line in self.choices:
             logger.info(line)
 
@@ -226,11 +231,13 @@ class SFTTrainer(GeneratingTrainer):
         if self._own_batches and support.layout == "padded":
             self.data_collator = self._padding_collator()
         elif self._own_batches:
-            self.data_collator = FlatCollator(support.layout == "documents", self.args.pad_to_multiple_of)
+            shares = shares_prefix(self, support)
+            self.data_collator = FlatCollator(support.layout == "documents", self.args.pad_to_multiple_of, shares)
         self._attention_configs = attention_configs(self.model) if support.layout == "documents" else []
+        sharing = ", a common beginning once" if getattr(self.data_collator, "share_prefix", False) else ""
         kind = "varlen flash attention" if self.args.device.type == "cuda" else "causal attention per document"
         said = {
-            "documents": f"flat, no padding, {kind}",
+            "documents": f"flat, no padding, {kind}{sharing}",
             "packed": "flat, no padding, block mask of the model's own attention",
             "padded": "padded",
         }[support.layout]
@@ -327,6 +334,26 @@ class SFTTrainer(GeneratingTrainer):
         is_table = isinstance(dataset, datasets.Dataset)  # `_read` has removed its columns
         given = self.data_collator
         return LocatedCollator(given if is_table else self._get_collator_with_removed_columns(given, description))
+
+
+def shares_prefix(trainer: SFTTrainer, support: Support) -> bool:
+    """Whether a micro-batch's documents share what they begin with, by `share_prefix` and what stands against it.
+
+    Raises: ConfigError where it is asked for and cannot be.
+    """
+    args = trainer.args
+    against = {
+        "this model or device computes every document apart": not support.shares_prefix,
+        "dropout is drawn for every token": drops_out(trainer.model),
+        "NEFTune's noise is drawn for every token": bool(args.neftune_noise_alpha),
+        "router_aux_loss_coef counts every token": bool(args.router_aux_loss_coef),
+        "a loss of one's own may count every token": trainer.has_own_loss,
+        "a quantized base looks at the whole batch": is_quantized(trainer.model),
+    }
+    why = next((why for why, holds in against.items() if holds), "")
+    if why and args.share_prefix:
+        raise ConfigError(f"share_prefix: {why}. Leave it out.")
+    return not why and args.share_prefix is not False
 
 
 def say_of_rows(name: str, report: Report, how: Preparation) -> None:

@@ -19,6 +19,7 @@ from tunesmith.model.attention import documents_attend
 from tunesmith.model.capabilities import Support, output_head
 from tunesmith.model.lora import loraplus_groups, save_plain_lora
 from tunesmith.train.collate import loss_positions
+from tunesmith.train.compiling import compiled_layers
 from tunesmith.train.head import HeadLoss, loss_in_head
 from tunesmith.train.loss import PLAIN, TokenLoss, loss_kind
 from tunesmith.train.neftune import EmbeddingNoise, noisy_embeddings
@@ -59,6 +60,7 @@ class TokenTrainer(Seq2SeqTrainer):
         self.label_smoother = None  # transformers' own, which needs all logits
         self.neftune_noise_alpha = None  # and its noise, which knows one length for the whole batch
         self._noise = EmbeddingNoise(None)
+        self._compiles, self._compiled = False, None
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; arguments as in transformers: `resume_from_checkpoint`, `trial`, `ignore_keys_for_eval`."""
@@ -80,8 +82,17 @@ class TokenTrainer(Seq2SeqTrainer):
         self._figures = torch.zeros(len(FIGURES), device=self.args.device)
         model = self.accelerator.unwrap_model(self.model)
         mend_special_ids(model, self._special_ids)
+        self._compile()
         with noisy_embeddings(model, self.args.neftune_noise_alpha) as self._noise:
             return super()._inner_training_loop(*args, **kwargs)
+
+    def _compile(self) -> None:
+        """Compile the layers of the model that trains, if that was planned."""
+        if self._compiles and (self._compiled is None or self._compiled.model is not self.model):
+            self._compiled, line = compiled_layers(self)
+            self._compiles = self._compiled is not None
+            self.choices.append(line)
+            logger.log(logging.INFO if self._compiles else logging.WARNING, line)
 
     @property
     def has_own_loss(self) -> bool:
@@ -111,7 +122,7 @@ class TokenTrainer(Seq2SeqTrainer):
             self._tokens_before = self.state.num_input_tokens_seen  # from the checkpoint, if there was one
             self._steps_before = self.state.global_step
         self.tokens_seen += real_tokens(inputs)
-        with self._attention(inputs), self._activations(), self._noise.of(inputs):
+        with self._attention(inputs), self._layers(), self._activations(), self._noise.of(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -125,6 +136,10 @@ class TokenTrainer(Seq2SeqTrainer):
         """Document attention, for batches that say where documents end."""
         flat = self._attention_configs and "document_lengths" in inputs
         return documents_attend(self._attention_configs) if flat else nullcontext()
+
+    def _layers(self) -> AbstractContextManager:
+        """The model's layers in their compiled form, if they have one."""
+        return self._compiled.run() if self._compiled is not None else nullcontext()
 
     def _activations(self) -> AbstractContextManager:
         offload = self.args.activation_offloading

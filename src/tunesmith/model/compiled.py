@@ -1,0 +1,59 @@
+"""Decoder layers compiled one by one: norms, rope, gated MLPs and residuals become a few passes over memory.
+
+    layer.forward ── torch.compile ──► [norm, q k v, rope] ─ attention as it is ─ [o, residual, norm, MLP, residual]
+
+All layers of a model share one compiled form, for any number of tokens. Attention stays out of it: its loop over
+documents would be compiled anew for every batch. Weights, names and checkpoints are untouched, and outside
+`CompiledLayers.run` the model is as it was.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tunesmith.model.attention import NAME, document_attention
+
+COMPILERS = ("c++", "g++", "clang++")
+
+
+class CompiledLayers:
+    """The compiled forward passes of a model's decoder layers; nothing is compiled before they first run."""
+
+    def __init__(self, model: nn.Module):
+        AttentionInterface.register(NAME, torch.compiler.disable(document_attention))
+        self.model = model
+        self.layers: list[tuple[nn.Module, Callable]] = [
+            (layer, torch.compile(layer.forward, dynamic=True)) for layer in decoder_layers(model)
+        ]
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """Inside, the layers run compiled. Cover the backward pass too, for gradient checkpointing."""
+        try:
+            for layer, forward in self.layers:
+                layer.forward = forward
+            yield
+        finally:
+            for layer, _ in self.layers:
+                layer.__dict__.pop("forward", None)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that transformers checkpoints one by one, but for those whose forward pass somebody has replaced."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer) and "forward" not in module.__dict__
+    ]
+
+
+def compiler() -> str | None:
+    """The C++ compiler that `torch.compile` calls for a CPU, if there is one."""
+    names = (os.environ.get("CXX"), *COMPILERS)
+    return next((found for name in names if name and (found := shutil.which(name))), None)
