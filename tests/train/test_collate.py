@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -77,6 +78,17 @@ def test_shared_beginnings_can_be_put_back_and_train_nothing(drawn):
     assert shared["loss_targets"].tolist() == apart["loss_targets"].tolist()
     assert (labels[0][: tokens + 1] == -100).all()  # a loss at the prefix would count once in place of `count` times
     assert all(len(part) for part in ids)
+
+
+@pytest.mark.parametrize("make", [list, torch.tensor, np.array])
+def test_rows_may_be_lists_tensors_or_arrays(make):
+    rows = [{name: make(values) for name, values in row.items()} for row in ROWS]
+    for key, value in FlatCollator()(ROWS).items():
+        found = FlatCollator()(rows)[key]
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(found, value, rtol=0, atol=0)
+        else:
+            assert found == value
 
 
 def test_padding_is_on_the_right_and_ignored_by_position():

@@ -51,7 +51,7 @@ def row_lengths(dataset: Any) -> list[int]:
 def loader(dataset: Any, batches: Sampler[list[int]], collate: Callable, args: TrainingArguments) -> DataLoader:
     """A DataLoader whose batches are on the device; `batches` has been shared out among processes already."""
     made = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **workers(args))
-    return prepare_data_loader(made, args.device, num_processes=1, process_index=0, put_on_device=True)
+    return prepare_data_loader(made, args.device, num_processes=1, process_index=0, **to_device(args))
 
 
 def stream_loader(dataset: IterableDataset, batch_size: int, collate: Callable, args: TrainingArguments) -> DataLoader:
@@ -62,7 +62,7 @@ def stream_loader(dataset: IterableDataset, batch_size: int, collate: Callable, 
         args.device,
         num_processes=args.world_size,
         process_index=args.process_index,
-        put_on_device=True,
+        **to_device(args),
         dispatch_batches=False,  # a flat batch cannot be cut into equal parts
     )
 
@@ -74,7 +74,7 @@ def eval_stream_loader(dataset: IterableDataset, collate: Callable, args: Traini
     shares = RankShares(dataset, args.eval_batch_size, rank=args.process_index, ranks=args.world_size)
     made = DataLoader(shares, batch_size=None, collate_fn=collate, **workers(args))
     alone = {"num_processes": 1, "process_index": 0, "dispatch_batches": False}
-    return prepare_data_loader(made, args.device, put_on_device=True, **alone)
+    return prepare_data_loader(made, args.device, **to_device(args), **alone)
 
 
 class RankShares(IterableDataset):
@@ -87,6 +87,14 @@ class RankShares(IterableDataset):
         for batch in batched(self.rows, self.batch_size * self.ranks):
             first, stop = (len(batch) * rank // self.ranks for rank in (self.rank, self.rank + 1))
             yield batch[first:stop]
+
+
+def to_device(args: TrainingArguments) -> dict[str, Any]:
+    """How batches come to the device: without waiting for it where they are in pinned memory.
+
+    A copy that waits lets the device finish all it was told, and then stand still while the next batch is collated.
+    """
+    return {"put_on_device": True, "non_blocking": workers(args)["pin_memory"]}
 
 
 def workers(args: TrainingArguments) -> dict[str, Any]:
