@@ -58,6 +58,8 @@ def document_attention(
     for name in ("softcap", "s_aux", "position_bias", "head_mask"):
         if special.get(name) is not None:
             raise NotImplementedError(f"document attention has no {name}")
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # rope leaves queries and keys in float32
+        query, key, value = (one.to(torch.get_autocast_dtype("cuda")) for one in (query, key, value))
     if shared_prefix[0]:
         output = sharing_documents(query, key, value, document_lengths, shared_prefix, scaling, sliding_window)
     elif query.is_cuda and query.dtype in HALF and dropout == 0.0:

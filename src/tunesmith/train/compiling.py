@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tunesmith.errors import ConfigError
 from tunesmith.model.attention import documents_attend
 from tunesmith.model.compiled import CompiledLayers, compiler, decoder_layers
+from tunesmith.model.lora import inputs_left_to_autocast
 from tunesmith.model.quantize import is_quantized
 from tunesmith.train.collate import FlatCollator
 
@@ -138,7 +139,7 @@ def loss_and_norm(
     dtype = torch.float16 if args.fp16 else torch.bfloat16
     for parameter in trained:
         parameter.grad = None
-    with how:
+    with how, inputs_left_to_autocast(trainer._casting):
         with torch.autocast(args.device.type, dtype, enabled=bool(args.bf16 or args.fp16)):
             loss = trainer._token_loss(model, inputs)[0].loss
         loss.backward()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import datasets
+import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -262,8 +263,11 @@ class SFTTrainer(GeneratingTrainer):
         """What the start-up check finds; a model that needs more than text may fail at it, if it need not be known."""
         if not hasattr(self.model, "get_input_embeddings"):
             return Support("padded", plain_head=False, why="a module of one's own")
+        on_gpu, halves = self.args.device.type == "cuda", bool(self.args.bf16 or self.args.fp16)
+        dtype = torch.float16 if self.args.fp16 else torch.bfloat16
         try:
-            return probe_model(self.model)
+            with torch.autocast("cuda", dtype, enabled=on_gpu and halves):  # its kernel is another than float32's
+                return probe_model(self.model)
         except Exception as error:
             if self._own_batches:
                 raise

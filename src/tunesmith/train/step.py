@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from tunesmith.deliver.card import write_card
 from tunesmith.errors import ConfigError
 from tunesmith.model.attention import documents_attend
 from tunesmith.model.capabilities import Support, output_head
-from tunesmith.model.lora import loraplus_groups, save_plain_lora
+from tunesmith.model.lora import casting_layers, inputs_left_to_autocast, loraplus_groups, save_plain_lora
 from tunesmith.train.collate import loss_positions
 from tunesmith.train.compiling import compiled_layers
 from tunesmith.train.head import HeadLoss, loss_in_head
@@ -61,6 +61,7 @@ class TokenTrainer(Seq2SeqTrainer):
         self.neftune_noise_alpha = None  # and its noise, which knows one length for the whole batch
         self._noise = EmbeddingNoise(None)
         self._compiles, self._compiled = False, None
+        self._casting: list[nn.Module] = []
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; arguments as in transformers: `resume_from_checkpoint`, `trial`, `ignore_keys_for_eval`."""
@@ -82,6 +83,7 @@ class TokenTrainer(Seq2SeqTrainer):
         self._figures = torch.zeros(len(FIGURES), device=self.args.device)
         model = self.accelerator.unwrap_model(self.model)
         mend_special_ids(model, self._special_ids)
+        self._casting = casting_layers(model) if self.args.bf16 or self.args.fp16 else []
         self._compile()
         with noisy_embeddings(model, self.args.neftune_noise_alpha) as self._noise:
             return super()._inner_training_loop(*args, **kwargs)
@@ -137,9 +139,12 @@ class TokenTrainer(Seq2SeqTrainer):
         flat = self._attention_configs and "document_lengths" in inputs
         return documents_attend(self._attention_configs) if flat else nullcontext()
 
-    def _layers(self) -> AbstractContextManager:
-        """The model's layers in their compiled form, if they have one."""
-        return self._compiled.run() if self._compiled is not None else nullcontext()
+    @contextmanager
+    def _layers(self) -> Iterator[None]:
+        """The model's layers in their compiled form, if they have one; adapters cast no input that autocast casts."""
+        compiled = nullcontext() if self._compiled is None else self._compiled.run()
+        with compiled, inputs_left_to_autocast(self._casting):
+            yield
 
     def _activations(self) -> AbstractContextManager:
         offload = self.args.activation_offloading
@@ -323,7 +328,7 @@ class TokenTrainer(Seq2SeqTrainer):
 
 def stacked(values: Iterable[Any], like: Tensor) -> Tensor:
     """Numbers and scalar tensors as one tensor of the type and device of `like`; no wait for the device."""
-    return torch.stack([torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in values])
+    return torch.stack([value.to(like) if isinstance(value, Tensor) else like.new_full((), value) for value in values])
 
 
 def loss_request(inputs: dict[str, Any], **options: Any) -> HeadLoss:
