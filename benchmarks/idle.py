@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.pairs import in_turn, parser_of, save, spread, token_rows
 from benchmarks.training import RATES, adapter, add_steps, check_steps
+from tunesmith import allocator
 
 NAME = "idle"
 
@@ -34,6 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     check_steps(parser, options)
     if options.alone:
+        allocator.tune()  # as the command line does, before torch is imported
         print(json.dumps(measured(options.model, token_rows(options.model, options.data), options)))
         return
     how = [f"--steps={options.steps}", f"--untimed={options.untimed}"]
@@ -54,11 +56,10 @@ def measured(model: str, rows: Any, options: argparse.Namespace) -> dict[str, An
     """Seconds of a step and its parts, means over the timed steps, with the callbacks of `tunesmith train`."""
     from rich.console import Console
 
-    from tunesmith import SFTConfig, SFTTrainer, allocator
+    from tunesmith import SFTConfig, SFTTrainer
     from tunesmith.runs import Run
     from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, use_progress
 
-    allocator.tune()
     options.mode = options.alone
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(

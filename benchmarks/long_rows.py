@@ -91,7 +91,7 @@ def parts(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     growth = {}
     for side in ("tunesmith", PEER):
         both = [(one[f"many {side}"], one[f"one {side}"]) for one in rounds if f"one {side}" in one]
-        growth[side] = spread([many["tokens_per_second"] / one["tokens_per_second"] - 1 for many, one in both], 4)
+        growth[side] = spread([a["tokens_per_second"] / b["tokens_per_second"] - 1 for a, b in both], 4)
     return {"tail": summary(tail, f"tail {PEER}"), "packed": summary(packed, "many tunesmith"), "growth": growth}
 
 
