@@ -5,8 +5,9 @@
     tunesmith     `predict`'s way, with its own defaults
     one_by_one    a call of transformers' `model.generate` for each prompt, in float32
 
-Prompts are the first of the file; an answer has at most 64 new tokens. `different` counts answers that are not those
-of one_by_one. Nothing else may run on the machine.
+Prompts are the first of the file; an answer has at most 32 new tokens.
+`different` counts answers that are not those of one_by_one, `times` says how many times as fast a side is in wall
+time; `cpu_seconds` of the runs count all threads, for machines that others use. Nothing else may run on the machine.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("model", help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("data", type=Path, help="JSON list of Alpaca rows")
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--alone", choices=SIDES, help="run the one side here and print its figures only")
     options = parser.parse_args()
@@ -77,13 +78,14 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     stop_ids = stop_token_ids(model, tokenizer)
     with torch.no_grad():
         model(torch.tensor([prompts[0]]))  # pay for memory and threads
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     answers = SIDES[options.alone](model, tokenizer, prompts, stop_ids, options.max_new_tokens)
-    seconds = time.perf_counter() - begin
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     tokens = sum(map(len, answers))
     return {
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,
+        "cpu_seconds": cpu,
         "tokens": tokens,
         "prompt_tokens": [len(prompt) for prompt in prompts],
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),  # KiB on Linux
