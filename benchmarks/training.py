@@ -11,35 +11,54 @@ import json
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-ROWS_PER_STEP, MAX_LENGTH = 8, 1024
-UNTIMED = 2
-"""First steps, which pay for memory and caches."""
 RATES = {"full": 2e-5, "lora": 1e-4}
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
 def main() -> None:
     """Train and print the line."""
+    options = options_of()
+    figures = watched(options) if options.watch else SIDES[options.side](options)
+    figures["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)  # KiB on Linux
+    print(json.dumps(figures))
+
+
+def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("side", choices=sorted(SIDES))
     parser.add_argument("model")
     parser.add_argument("rows")
     parser.add_argument("--mode", choices=sorted(RATES), default="full")
-    parser.add_argument("--steps", type=timed_steps, default=6)
-    options = parser.parse_args()
-    figures = SIDES[options.side](options)
-    figures["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)  # KiB on Linux
-    print(json.dumps(figures))
+    parser.add_argument("--rows_per_batch", type=int, default=8, help="rows of a forward pass")
+    parser.add_argument("--accumulate", type=int, default=1, help="forward passes of a step")
+    parser.add_argument("--max_length", type=int, default=1024)
+    parser.add_argument("--packing", action="store_true", help="join rows to such of max_length tokens")
+    parser.add_argument("--watch", action="store_true", help="find the largest block of logits, at the cost of speed")
+    add_steps(parser, steps=6, untimed=2)
+    options = parser.parse_args(words)
+    check_steps(parser, options)
+    return options
 
 
-def timed_steps(text: str) -> int:
-    """A number of steps of which some are timed."""
-    if not text.isdecimal() or int(text) <= UNTIMED:
-        raise argparse.ArgumentTypeError(f"expected {UNTIMED + 1} or more, for the first {UNTIMED} are not timed")
-    return int(text)
+def add_steps(parser: argparse.ArgumentParser, *, steps: int, untimed: int) -> None:
+    """The options that say how long a run is."""
+    parser.add_argument("--steps", type=int, default=steps, help=f"steps of a run [{steps}]")
+    why = "first steps that are not timed: they pay for memory and caches"
+    parser.add_argument("--untimed", type=int, default=untimed, help=f"{why} [{untimed}]")
+
+
+def check_steps(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse a run in which no step is timed."""
+    if options.steps <= options.untimed:
+        least = options.untimed + 1
+        parser.error(
+            f"--steps {options.steps}: expected {least} or more, for the first {options.untimed} are not timed"
+        )
 
 
 # The sides ----------------------------------------------------------------------------------------------------------
@@ -58,7 +77,7 @@ def with_tunesmith(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
         args = SFTConfig(**common(options, folder), **more)
         rows = datasets.load_from_disk(options.rows)
         trainer = SFTTrainer(options.model, args, train_dataset=rows, peft_config=adapter(options))
-        figures = timed(trainer, lambda: trainer.tokens_seen)
+        figures = timed(trainer, lambda: trainer.tokens_seen, options.untimed)
     return figures | {"choices": trainer.choices}
 
 
@@ -71,7 +90,7 @@ def with_trl(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
         args = SFTConfig(**common(options, folder) | {"include_num_input_tokens_seen": "non_padding"} | more)
         rows = datasets.load_from_disk(options.rows)
         trainer = SFTTrainer(options.model, args=args, train_dataset=rows, peft_config=adapter(options))
-        return timed(trainer, lambda: trainer.state.num_input_tokens_seen)
+        return timed(trainer, lambda: trainer.state.num_input_tokens_seen, options.untimed)
 
 
 def with_a_plain_loop(options: argparse.Namespace) -> dict[str, Any]:
@@ -87,12 +106,12 @@ def with_a_plain_loop(options: argparse.Namespace) -> dict[str, Any]:
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(**LORA))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rate = RATES[options.mode]
+    rate, size = RATES[options.mode], options.rows_per_batch
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
     rows, figures = datasets.load_from_disk(options.rows), empty_figures()
     for step in range(options.steps):
         begin = time.perf_counter()
-        batch = rows[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP]
+        batch = rows[step * size : (step + 1) * size]
         optimizer.param_groups[0]["lr"] = rate * (1 - step / options.steps)
         ids, labels = (padded(batch[name], fill) for name, fill in (("input_ids", 0), ("labels", -100)))
         mask = padded([[1] * len(row) for row in batch["input_ids"]], 0)
@@ -105,7 +124,7 @@ def with_a_plain_loop(options: argparse.Namespace) -> dict[str, Any]:
         optimizer.zero_grad()
         figures["seconds"].append(time.perf_counter() - begin)
         figures["tokens"].append(int(mask.sum()))
-    return with_speed(figures)
+    return with_speed(figures, options.untimed)
 
 
 SIDES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
@@ -118,7 +137,17 @@ SIDES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     ),
     "plain": with_a_plain_loop,
 }
-"""`trl` has TRL's defaults: bfloat16 and checkpointing; `trl_tuned` packs 2 rows of `MAX_LENGTH` into a step."""
+"""`trl` has TRL's defaults: bfloat16 and checkpointing; `trl_tuned` packs 2 rows of `max_length` into a step."""
+
+
+def watched(options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of a side, and the largest block of logits that it made, in MB."""
+    from benchmarks.blocks import LargestBlock
+
+    config = json.loads((Path(options.model) / "config.json").read_text(encoding="utf-8"))
+    with LargestBlock(config["vocab_size"], config["hidden_size"]) as seen:
+        figures = SIDES[options.side](options)
+    return figures | {"largest_logits_mb": round(seen.bytes / 1e6, 1)}
 
 
 # What they share ----------------------------------------------------------------------------------------------------
@@ -128,9 +157,11 @@ def common(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     """Arguments of every trainer."""
     return {
         "output_dir": folder,
-        "max_length": MAX_LENGTH,
+        "max_length": options.max_length,
+        "packing": options.packing,
         "max_steps": options.steps,
-        "per_device_train_batch_size": ROWS_PER_STEP,
+        "per_device_train_batch_size": options.rows_per_batch,
+        "gradient_accumulation_steps": options.accumulate,
         "learning_rate": RATES[options.mode],
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
@@ -154,7 +185,7 @@ def empty_figures() -> dict[str, list]:
     return {"seconds": [], "tokens": [], "loss": [], "grad_norm": []}
 
 
-def timed(trainer: Any, tokens_seen: Callable[[], int]) -> dict[str, Any]:
+def timed(trainer: Any, tokens_seen: Callable[[], int], untimed: int) -> dict[str, Any]:
     """Train; the figures of each step."""
     from transformers import TrainerCallback
 
@@ -178,12 +209,12 @@ def timed(trainer: Any, tokens_seen: Callable[[], int]) -> dict[str, Any]:
         for name in ("loss", "grad_norm"):
             if "loss" in entry:
                 figures[name].append(entry[name])
-    return with_speed(figures)
+    return with_speed(figures, untimed)
 
 
-def with_speed(figures: dict[str, Any]) -> dict[str, Any]:
+def with_speed(figures: dict[str, Any], untimed: int) -> dict[str, Any]:
     """The figures, and real tokens per second without the first steps."""
-    speed = sum(figures["tokens"][UNTIMED:]) / sum(figures["seconds"][UNTIMED:])
+    speed = sum(figures["tokens"][untimed:]) / sum(figures["seconds"][untimed:])
     return {"tokens_per_second": speed, **figures}
 
 

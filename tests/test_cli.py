@@ -1,5 +1,6 @@
 """The command line: what each command calls, what it prints, its exit code, and how fast it starts."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 import tunesmith
 from tunesmith import errors
-from tunesmith.cli import app
+from tunesmith.cli import app, keep_what_is_imported
 from tunesmith.runs import prepare_output_dir
 
 RECIPE = ["--model", "m", "--dataset", "d.jsonl"]
@@ -48,6 +49,17 @@ def run_python(code: str) -> subprocess.CompletedProcess:
 
 
 # ---- starting
+
+
+def test_garbage_is_collected_again_once_all_is_imported():
+    gc.disable()
+    keep_what_is_imported()
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    assert gc.isenabled()
+    assert frozen > 0
+    keep_what_is_imported()  # a program that calls a command itself keeps its collector as it is
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"]])
