@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pairs import RESULTS, surroundings, token_rows
-from benchmarks.training import RATES, UNTIMED, adapter, common
+from benchmarks.training import RATES, adapter, common, options_of
 
 WAYS = {
     "float32, levers off": {"bf16": False, "compile_layers": False, "share_prefix": False},
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
     parser.add_argument("--mode", choices=sorted(RATES), default="full")
-    parser.add_argument("--steps", type=int, default=UNTIMED + 3)
+    parser.add_argument("--steps", type=int, default=5, help="the last two are profiled")
     parser.add_argument("--one", choices=sorted(WAYS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -82,6 +82,9 @@ def profiled(options: argparse.Namespace) -> dict[str, Any]:
 
     from tunesmith import SFTConfig, SFTTrainer
 
+    training = options_of(
+        ["tunesmith", options.model, str(options.data), "--mode", options.mode, "--steps", str(options.steps)]
+    )
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
     tokens = []
 
@@ -100,9 +103,9 @@ def profiled(options: argparse.Namespace) -> dict[str, Any]:
             tokens.append(trainer.tokens_seen)
 
     with tempfile.TemporaryDirectory() as folder:
-        args = SFTConfig(**common(options, folder), **WAYS[options.one])
+        args = SFTConfig(**common(training, folder), **WAYS[options.one])
         rows = datasets.load_from_disk(str(options.data))
-        trainer = SFTTrainer(options.model, args, train_dataset=rows, peft_config=adapter(options))
+        trainer = SFTTrainer(options.model, args, train_dataset=rows, peft_config=adapter(training))
         trainer.add_callback(Watch())
         trainer.train()
     vocabulary = trainer.model.get_input_embeddings().weight.shape[0]

@@ -65,7 +65,7 @@ def check_steps(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
 
 
 def with_tunesmith(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """`SFTTrainer` of tunesmith with its own defaults."""
+    """`SFTTrainer` of tunesmith."""
     from tunesmith import allocator
 
     allocator.tune()  # as the command line does, before torch is imported
@@ -127,9 +127,11 @@ def with_a_plain_loop(options: argparse.Namespace) -> dict[str, Any]:
     return with_speed(figures, options.untimed)
 
 
+LONG_RUN = {"compile_layers": True}
+"""What tunesmith chooses by itself for a run of more than some minutes, which these few steps stand for."""
 SIDES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "tunesmith": with_tunesmith,
-    "tunesmith_fp32": lambda options: with_tunesmith(options, bf16=False),
+    "tunesmith": lambda options: with_tunesmith(options, **LONG_RUN),
+    "tunesmith_fp32": lambda options: with_tunesmith(options, bf16=False, **LONG_RUN),
     "trl": with_trl,
     "trl_fp32": lambda options: with_trl(options, bf16=False, gradient_checkpointing=False),
     "trl_tuned": lambda options: with_trl(
