@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
+from tunesmith.data import IGNORE_INDEX
 from tunesmith.errors import ConfigError
 from tunesmith.model.attention import documents_attend
 from tunesmith.model.compiled import CompiledLayers, compiler, decoder_layers
@@ -19,7 +20,7 @@ from tunesmith.train.collate import FlatCollator
 LONG_RUN = 2e14
 """Operations of training from which on compiling repays its seconds: five minutes on two cores with AMX. No clock
 decides, or a resumed run might be compiled where the one before it was not, and differ in the last bits."""
-TRIAL_LENGTHS = (200, 312)
+TRIAL_LENGTHS, TRIAL_TRAINED = (200, 312), 16
 """Documents of the trial. Always the same, because generated code depends on the sizes that are met first."""
 
 
@@ -124,11 +125,14 @@ def trial(trainer: Any, compiled: CompiledLayers) -> str:
 
 
 def trial_inputs(trainer: Any) -> dict[str, Any]:
-    """A batch of two documents of random tokens, all trained."""
+    """A batch of two documents of random tokens, of which a few are trained: the head is not what is on trial."""
     vocabulary = trainer.model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, min(vocabulary, 1000), (length,), generator=generator) for length in TRIAL_LENGTHS]
-    return trainer._prepare_inputs(trainer.data_collator([{"input_ids": row, "labels": row} for row in rows]))
+    documents = [{"input_ids": row, "labels": torch.full_like(row, IGNORE_INDEX)} for row in rows]
+    for document in documents:
+        document["labels"][-TRIAL_TRAINED:] = document["input_ids"][-TRIAL_TRAINED:]
+    return trainer._prepare_inputs(trainer.data_collator(documents))
 
 
 def loss_and_norm(
