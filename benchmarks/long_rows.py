@@ -3,7 +3,7 @@
     python -m benchmarks.long_rows MODEL_FOLDER alpaca_en_demo.json --rounds 5
 
 Documents of 20 to 900 tokens, median 60 (lognormal), cut from the text of the file; the first quarter of each is not
-trained. TRL runs in the first round only: float32, no checkpointing, 8 rows in a forward pass (64 do not fit 20 GB).
+trained. TRL runs in the first round only: float32, no checkpointing, 8 rows in a forward pass.
 
     64 rows a step     ours in one forward pass; TRL in eight
     packed             the same rows of 1,024 tokens, eight to a step: each in a forward pass of its own, or all in
