@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tunesmith.errors import ConfigError
 from tunesmith.lookup import lookup
 
-LOGITS_BYTES = 256 * 2**20
+LOGITS_BYTES = 250 * 10**6
 """Largest block of logits held at once; matrix products want many rows at a time."""
 TILE_BYTES = {"cpu": 2 * 2**20}
 """Float32 logits that the softmax works on at once, per thread on a CPU, where they stay in its cache."""
