@@ -38,6 +38,7 @@ from tunesmith.runs import (
 from tunesmith.steps.answers import answered, check_prompts, written_metric
 from tunesmith.steps.data import Prepared, after_stream, check_data, prepare_data, report_json, show_data
 from tunesmith.steps.figures import training_figures
+from tunesmith.steps.memory import memory_json, show_memory
 from tunesmith.steps.model import tokenizer_of, trainable_model, usable_model
 from tunesmith.steps.options import (
     STAGES,
@@ -277,9 +278,10 @@ def add_notes(trainer: Any, data: Prepared, folder: Run, said: list[str]) -> Non
 
 
 def check(recipe: Recipe, rows: int = 3, *, as_json: bool = False) -> Prepared:
-    """Show what would be trained: rows kept, changed and dropped, lengths, and real rows, trained tokens marked.
+    """Show what would be trained: rows kept, changed and dropped, lengths, real rows with trained tokens marked, and
+    the memory that a step is estimated to take.
 
-    As JSON: the options as `recipe.yaml` of the run will hold them, and what `data_report.json` will.
+    As JSON: the options as `recipe.yaml` of the run will hold them, what `data_report.json` will, and the memory.
     """
     console = own_console(recipe, as_json)
     tell(recipe.notes, None, console)
@@ -287,8 +289,12 @@ def check(recipe: Recipe, rows: int = 3, *, as_json: bool = False) -> Prepared:
     data = prepare_data(recipe, tokenizer)
     show_data(data, tokenizer, console, rows)
     check_data(recipe, data)
+    memory = memory_json(recipe, data.train) if phases(recipe).train else None
+    if memory is not None:
+        show_memory(memory, console)
     if as_json:
-        print_json({"recipe": as_saved(repeatable(saved_options(recipe))), "data": report_json(data)})
+        found = {"recipe": as_saved(repeatable(saved_options(recipe))), "data": report_json(data), "memory": memory}
+        print_json(found)
     return data
 
 

@@ -24,6 +24,9 @@ FIGURES = (
     ("rouge-l", "ROUGE-L", "{:.1f}"),
 )
 
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "libraries")
+"""Lines of the memory table, in this order."""
+
 
 def show_reports(report: Report | None, held_out: Mapping[str, Report], console: Console) -> None:
     """The report of each set."""
@@ -71,6 +74,37 @@ def show_results(
         lines.append(f"{'next:':12}{own_command()} {use}")
     for line in lines:
         console.out(line, highlight=False)
+
+
+def memory_lines(figures: Mapping[str, Any]) -> list[str]:
+    """The estimated memory of a step as a small table, and what helps where this machine has less.
+
+    Args:
+        figures: as `check --json` has them under `memory`, in bytes; or the `reason` why there are none.
+    """
+    if "reason" in figures:
+        return [f"memory: not estimated ({figures['reason']})"]
+    products = "bfloat16 products" if figures["bf16"] else "products in the weights' type"
+    checkpointing = "checkpointing" if figures["gradient_checkpointing"] else "no checkpointing"
+    lines = [
+        f"memory at the peak of a step, estimated: {figures['tokens']:,} tokens in the largest micro-batch, "
+        f"{products}, {checkpointing}"
+    ]
+    lines += [f"  {name:12}{gigabytes(figures[name]):>9}" for name in MEMORY_PARTS if figures[name]]
+    total, usable = figures["total"], figures["usable"]
+    has = "" if usable is None else f" of {gigabytes(usable)} that this machine has free"
+    lines.append(f"  {'total':12}{gigabytes(total):>9}{has}")
+    if total < sum(figures[name] for name in MEMORY_PARTS):
+        lines.append("  (activations go as gradients come, so the total counts the larger of the two)")
+    if usable is not None and total > usable:
+        ways = [f"{name} ({gigabytes(size)})" for name, size in figures["helps"].items()]
+        lines.append("memory: it does not fit. " + (f"Each of these helps: {', '.join(ways)}." if ways else ""))
+    return lines
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as `0.54 GB`."""
+    return f"{size / 1e9:.2f} GB"
 
 
 def training_line(figures: Mapping[str, Any]) -> str:

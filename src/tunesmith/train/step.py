@@ -21,6 +21,7 @@ from tunesmith.model.lora import loraplus_groups, save_plain_lora
 from tunesmith.train.collate import loss_positions
 from tunesmith.train.head import HeadLoss, loss_in_head
 from tunesmith.train.loss import PLAIN, TokenLoss, loss_kind
+from tunesmith.train.memory import Batch, Memory
 from tunesmith.train.neftune import EmbeddingNoise, noisy_embeddings
 from tunesmith.train.processing import mend_special_ids, special_ids
 
@@ -37,6 +38,7 @@ class TokenTrainer(Seq2SeqTrainer):
         support: how the model may be fed; whoever builds the trainer sets it.
         tokens_seen: real tokens this process has trained on in this session, no padding.
         tokenizer, reports: what rows are read with, and what became of them, by name of the dataset.
+        largest_batch, memory: the largest micro-batch, and what a step with it is estimated to take.
         method: how the model card calls the training of a model that writes no answers.
     """
 
@@ -44,6 +46,8 @@ class TokenTrainer(Seq2SeqTrainer):
     tokenizer: Any = None
     reports: Mapping[str, Any] = {}
     method: str | None = None
+    largest_batch: Batch | None = None
+    memory: Memory | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
