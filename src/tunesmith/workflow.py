@@ -51,7 +51,8 @@ from tunesmith.steps.options import (
     trainer_arguments,
     uses_cpu,
 )
-from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, SampleCallback, use_progress
+from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, SampleCallback, Work, use_progress
+from tunesmith.train.choose import IN_CHOSEN_LINE
 from tunesmith.train.curves import plot_curves
 from tunesmith.train.reward import RewardTrainer
 from tunesmith.train.sft import SFTTrainer
@@ -227,6 +228,19 @@ def tell(lines: Sequence[str], folder: Run | None, console: Console) -> None:
         console.out(line, highlight=False)
 
 
+def tell_choices(trainer: Any, folder: Run, console: Console) -> None:
+    """Print what the trainer chose in one line, and whatever else it found; all its lines are the run's events."""
+    for line in trainer.choices:
+        folder.event("choice", line)
+    line = trainer.chosen_line()
+    if line is not None:
+        folder.event("choice", line)
+        console.out(line, highlight=False)
+    for other in trainer.choices:
+        if line is None or not other.startswith(IN_CHOSEN_LINE):
+            console.out(other, highlight=False)
+
+
 # ---- the trainer ---------------------------------------------------------------------------------------------------
 
 
@@ -246,11 +260,13 @@ def build_trainer(
     )
     folder.save_json("training_args.json", trainer.args.to_dict())
     add_notes(trainer, data, folder, said)
-    tell([*said, *trainer.choices], folder, console)
+    tell(said, folder, console)
+    tell_choices(trainer, folder, console)
     if args.predict_with_generate:
         trainer.decoding, trainer.text_metric = recipe.decoding, metric
-    use_progress(trainer, ProgressCallback(lambda: all_tokens(trainer), console))
-    trainer.add_callback(RunLogCallback(folder, lambda: all_tokens(trainer)))
+    work = work_of(trainer) if phases(recipe).train else None
+    use_progress(trainer, ProgressCallback(lambda: all_tokens(trainer), console, work=work))
+    trainer.add_callback(RunLogCallback(folder, lambda: all_tokens(trainer), work))
     if recipe.run.sample_rows and data.held_out:
         few = data.held_out[: recipe.run.sample_rows]
         kwargs = recipe.training.get("chat_template_kwargs")
@@ -261,6 +277,12 @@ def build_trainer(
 def all_tokens(trainer: Any) -> int:
     """About how many tokens all processes have trained on, for the speed: to ask the others would hold them up."""
     return trainer.tokens_seen * trainer.args.world_size
+
+
+def work_of(trainer: Any) -> Work | None:
+    """The arithmetic of this process's training; `None` where its device's peak cannot be measured."""
+    peak = trainer.peak_flops
+    return None if peak is None else Work(lambda: trainer.flops_seen, peak)
 
 
 def add_notes(trainer: Any, data: Prepared, folder: Run, said: list[str]) -> None:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from benchmarks.memory import in_a_process
+from tests.real import FOLDER, needs_model
 from tests.train.rows import make_trainer, token_rows
 from tunesmith.model.adapt import attach
 from tunesmith.model.attention import attention_configs, documents_attend
@@ -93,6 +95,7 @@ def test_the_total_counts_the_larger_of_gradients_and_activations():
     parts = {"weights": 1.0, "gradients": 4.0, "optimizer": 8.0, "activations": 2.0, "logits": 1.0, "libraries": 16.0}
     assert Memory(**parts).total == 1 + 4 + 8 + 16
     assert Memory(**parts, accumulates=True).total == 1 + 4 + 8 + 3 + 16
+    assert Memory(**parts, holes=0.5).total == 1 + 4 + 8 + 16 + 2
 
 
 def test_checkpointing_keeps_the_values_of_one_layer(make_tiny_model):
@@ -106,3 +109,10 @@ def test_checkpointing_keeps_the_values_of_one_layer(make_tiny_model):
 
 def test_a_module_of_ones_own_is_not_estimated():
     assert estimate(torch.nn.Linear(2, 2), Batch(8, 8), bf16=False) is None
+
+
+@pytest.mark.real
+@needs_model
+def test_the_peak_of_a_real_model_is_within_a_fifth_of_the_estimate():
+    found = in_a_process(FOLDER, "lora,float32,4x200")
+    assert found["total"] == pytest.approx(found["measured"], rel=0.2)

@@ -142,7 +142,8 @@ def matrix_rate(device_type: str, dtype: torch.dtype) -> float | None:
     side = PROBE_SIDES.get(device_type)
     if side is None:
         return None
-    left, right = (torch.ones(side, side, dtype=dtype, device=device_type) for _ in range(2))
+    generator = torch.Generator(device_type).manual_seed(0)  # the global one belongs to the run
+    left, right = (torch.rand(side, side, generator=generator, device=device_type).to(dtype) for _ in range(2))
     output, best = torch.empty_like(left), float("inf")
     torch.mm(left, right, out=output)  # the first pays for the library's start
     end = time.perf_counter() + PROBE_SECONDS

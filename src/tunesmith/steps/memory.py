@@ -12,7 +12,7 @@ from tunesmith.model.sketch import sketch
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
 from tunesmith.steps.options import option, trainer_arguments, uses_cpu
-from tunesmith.train.choose import largest_batch, memory_of, settled
+from tunesmith.train.choose import largest_batch, memory_of, products_of, settled
 from tunesmith.train.memory import Batch, Memory
 from tunesmith.train.reward import longest_pairs
 
@@ -23,7 +23,7 @@ def memory_json(recipe: Recipe, rows: Any) -> dict[str, Any]:
     No weight is loaded. Where the model's config cannot be had, or does not tell its sizes, there is only a `reason`.
     """
     try:
-        args, batch, memory = told(recipe, rows)
+        args, batch, products, memory = told(recipe, rows)
         if memory is None:
             return {"reason": "the model's config does not tell its sizes"}
         usable = usable_bytes(args.device)
@@ -32,7 +32,7 @@ def memory_json(recipe: Recipe, rows: Any) -> dict[str, Any]:
             "usable": None if usable == float("inf") else round(usable),
             "tokens": batch.tokens,
             "trained_tokens": batch.trained,
-            "bf16": bool(args.bf16),
+            "products": products,
             "gradient_checkpointing": bool(args.gradient_checkpointing),
         }
         if memory.total > usable:
@@ -42,8 +42,8 @@ def memory_json(recipe: Recipe, rows: Any) -> dict[str, Any]:
     return figures
 
 
-def told(recipe: Recipe, rows: Any) -> tuple[Any, Batch, Memory | None]:
-    """The settled arguments, the largest micro-batch and its memory, as the trainer will find them."""
+def told(recipe: Recipe, rows: Any) -> tuple[Any, Batch, str, Memory | None]:
+    """Settled arguments, largest micro-batch, the type of products and the memory, as training will find them."""
     args = trainer_arguments(recipe, Run(option(recipe, "output_dir") or "unwritten", writes=False))
     model = sketch(recipe.model, use_cpu=uses_cpu(recipe))
     if recipe.run.stage == "rm" and hasattr(rows, "column_names"):
@@ -51,7 +51,7 @@ def told(recipe: Recipe, rows: Any) -> tuple[Any, Batch, Memory | None]:
     else:
         batch = largest_batch(rows, args)
     args, _ = settled(args, model, None, batch)
-    return args, batch, memory_of(args, model, batch)
+    return args, batch, products_of(args, model), memory_of(args, model, batch)
 
 
 def helps(recipe: Recipe, rows: Any, memory: Memory) -> dict[str, int]:
@@ -71,7 +71,7 @@ def helps(recipe: Recipe, rows: Any, memory: Memory) -> dict[str, int]:
         tried = {name: change for name, change in tried.items() if "model" not in change}
     found = {}
     for name, change in tried.items():
-        other = told(dataclasses.replace(recipe, **change), rows)[2]
+        other = told(dataclasses.replace(recipe, **change), rows)[-1]
         if other is not None and other.total < 0.95 * memory.total:
             found[name] = round(other.total)
     return found

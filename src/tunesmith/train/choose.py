@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 from transformers.training_args import ParallelMode
 
+from tunesmith import allocator
 from tunesmith.data import IGNORE_INDEX
 from tunesmith.errors import ConfigError
 from tunesmith.model.adapt import has_adapter, hold_in_float32, upcast_trainable
@@ -22,6 +23,9 @@ from tunesmith.train.options import SFTConfig, loading
 
 ROOM = 0.9
 """Share of the memory that may be had which an estimate may take; it is right to about a tenth."""
+
+IN_CHOSEN_LINE = ("precision:", "weights:", "gradient checkpointing:", "batches:")
+"""Beginnings of the lines that `chosen_line` says shorter."""
 
 
 def settled(
@@ -50,6 +54,8 @@ def settled(
     if args.choose_checkpointing and batch is not None:
         lines.append(choose_checkpointing(args, model, batch))
     lines += few_rows(args, train_dataset)
+    if args.gradient_checkpointing and args.device.type == "cpu":
+        allocator.save_memory()
     if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
         args.gradient_checkpointing_kwargs = {"use_reentrant": False}
     if has_adapter(model):
@@ -179,13 +185,19 @@ def largest_batch(dataset: Any, args: SFTConfig) -> Batch:
     return Batch(tokens, sum(label != IGNORE_INDEX for row in labels for label in row))
 
 
-def chosen_line(args: SFTConfig, support: Support, batch: Batch, memory: Memory | None) -> str:
+def products_of(args: SFTConfig, model: nn.Module) -> str:
+    """The type that matrix products are formed in."""
+    if args.bf16 or args.fp16:
+        return "bfloat16" if args.bf16 else "float16"
+    first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+    return "float32" if first is None else str(first.dtype).removeprefix("torch.")
+
+
+def chosen_line(args: SFTConfig, model: nn.Module, support: Support, batch: Batch, memory: Memory | None) -> str:
     """What a person reads at the start of a run: what was chosen, in one line, with the figures that it rests on."""
-    if args.bf16:
-        ratio = f" ({bf16_speedup():.1f} × float32 here)" if args.device.type == "cpu" else ""
-        products = f"bfloat16 products{ratio}"
-    else:
-        products = "float16 products" if args.fp16 else "products in the weights' type"
+    products = f"{products_of(args, model)} products"
+    if args.device.type == "cpu":
+        products += f" (bfloat16 is {bf16_speedup():.1f} × as fast as float32 here)"
     rows = f"{args.per_device_train_batch_size} rows, " * (args.tokens_per_batch is None)
     checkpointing = "checkpointing" if args.gradient_checkpointing else "no checkpointing"
     if memory is not None:

@@ -41,6 +41,7 @@ class FlatCollator:
             "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
             "labels": labels.unsqueeze(0),
             "num_tokens": num_tokens,
+            "num_squares": sum(length * length for length in lengths),
             **loss_positions(labels.unsqueeze(0), joined_weights(documents)),
         }
         if self.boundaries:
@@ -94,6 +95,7 @@ class PaddedCollator:
             "attention_mask": attention_mask,
             "labels": labels,
             "num_tokens": sum(lengths) if rows else 0,
+            "num_squares": sum(length * length for length in lengths),
             **loss_positions(labels, weights),
         }
         if self.padding_side == "left":
@@ -118,6 +120,7 @@ class LocatedCollator:
         counted = batch.get("attention_mask")
         if isinstance(counted, Tensor) and counted.dim() == 2:
             batch.setdefault("num_tokens", int(counted.sum()))
+            batch.setdefault("num_squares", int((counted.sum(1) ** 2).sum()))
         return batch
 
 
