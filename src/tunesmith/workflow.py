@@ -38,6 +38,7 @@ from tunesmith.runs import (
 from tunesmith.steps.answers import answered, check_prompts, written_metric
 from tunesmith.steps.data import Prepared, after_stream, check_data, prepare_data, report_json, show_data
 from tunesmith.steps.figures import training_figures
+from tunesmith.steps.memory import memory_json, show_memory
 from tunesmith.steps.model import tokenizer_of, trainable_model, usable_model
 from tunesmith.steps.options import (
     STAGES,
@@ -50,7 +51,8 @@ from tunesmith.steps.options import (
     trainer_arguments,
     uses_cpu,
 )
-from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, SampleCallback, use_progress
+from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, SampleCallback, Work, use_progress
+from tunesmith.train.choose import IN_CHOSEN_LINE
 from tunesmith.train.curves import plot_curves
 from tunesmith.train.reward import RewardTrainer
 from tunesmith.train.sft import SFTTrainer
@@ -226,6 +228,19 @@ def tell(lines: Sequence[str], folder: Run | None, console: Console) -> None:
         console.out(line, highlight=False)
 
 
+def tell_choices(trainer: Any, folder: Run, console: Console) -> None:
+    """Print what the trainer chose in one line, and whatever else it found; all its lines are the run's events."""
+    for line in trainer.choices:
+        folder.event("choice", line)
+    line = trainer.chosen_line()
+    if line is not None:
+        folder.event("choice", line)
+        console.out(line, highlight=False)
+    for other in trainer.choices:
+        if line is None or not other.startswith(IN_CHOSEN_LINE):
+            console.out(other, highlight=False)
+
+
 # ---- the trainer ---------------------------------------------------------------------------------------------------
 
 
@@ -245,11 +260,13 @@ def build_trainer(
     )
     folder.save_json("training_args.json", trainer.args.to_dict())
     add_notes(trainer, data, folder, said)
-    tell([*said, *trainer.choices], folder, console)
+    tell(said, folder, console)
+    tell_choices(trainer, folder, console)
     if args.predict_with_generate:
         trainer.decoding, trainer.text_metric = recipe.decoding, metric
-    use_progress(trainer, ProgressCallback(lambda: all_tokens(trainer), console))
-    trainer.add_callback(RunLogCallback(folder, lambda: all_tokens(trainer)))
+    work = work_of(trainer) if phases(recipe).train else None
+    use_progress(trainer, ProgressCallback(lambda: all_tokens(trainer), console, work=work))
+    trainer.add_callback(RunLogCallback(folder, lambda: all_tokens(trainer), work))
     if recipe.run.sample_rows and data.held_out:
         few = data.held_out[: recipe.run.sample_rows]
         kwargs = recipe.training.get("chat_template_kwargs")
@@ -260,6 +277,12 @@ def build_trainer(
 def all_tokens(trainer: Any) -> int:
     """About how many tokens all processes have trained on, for the speed: to ask the others would hold them up."""
     return trainer.tokens_seen * trainer.args.world_size
+
+
+def work_of(trainer: Any) -> Work | None:
+    """The arithmetic of this process's training; `None` where its device's peak cannot be measured."""
+    peak = trainer.peak_flops
+    return None if peak is None else Work(lambda: trainer.flops_seen, peak)
 
 
 def add_notes(trainer: Any, data: Prepared, folder: Run, said: list[str]) -> None:
@@ -277,9 +300,10 @@ def add_notes(trainer: Any, data: Prepared, folder: Run, said: list[str]) -> Non
 
 
 def check(recipe: Recipe, rows: int = 3, *, as_json: bool = False) -> Prepared:
-    """Show what would be trained: rows kept, changed and dropped, lengths, and real rows, trained tokens marked.
+    """Show what would be trained: rows kept, changed and dropped, lengths, real rows with trained tokens marked, and
+    the memory that a step is estimated to take.
 
-    As JSON: the options as `recipe.yaml` of the run will hold them, and what `data_report.json` will.
+    As JSON: the options as `recipe.yaml` of the run will hold them, what `data_report.json` will, and the memory.
     """
     console = own_console(recipe, as_json)
     tell(recipe.notes, None, console)
@@ -287,8 +311,12 @@ def check(recipe: Recipe, rows: int = 3, *, as_json: bool = False) -> Prepared:
     data = prepare_data(recipe, tokenizer)
     show_data(data, tokenizer, console, rows)
     check_data(recipe, data)
+    memory = memory_json(recipe, data.train) if phases(recipe).train else None
+    if memory is not None:
+        show_memory(memory, console)
     if as_json:
-        print_json({"recipe": as_saved(repeatable(saved_options(recipe))), "data": report_json(data)})
+        found = {"recipe": as_saved(repeatable(saved_options(recipe))), "data": report_json(data), "memory": memory}
+        print_json(found)
     return data
 
 

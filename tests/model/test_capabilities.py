@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tunesmith.model import capabilities
-from tunesmith.model.capabilities import Support, activations_fit, agree, bf16_is_faster, probe_model
+from tunesmith.model.capabilities import Support, agree, bf16_is_faster, bf16_speedup, probe_model
 
 
 def test_a_plain_model_takes_flat_documents(tiny_model):
@@ -40,14 +40,9 @@ def test_agreement_allows_rounding_only(dtype, noise, same):
 def test_the_precision_probe_compares_times(monkeypatch):
     seconds = {torch.float32: 3.0, torch.bfloat16: 1.0}
     monkeypatch.setattr(capabilities, "_product_seconds", lambda dtype: seconds[dtype])
+    bf16_speedup.cache_clear()
     assert bf16_is_faster(torch.device("cpu"))
     seconds[torch.bfloat16] = 2.5  # faster, but not worth the rounding
+    bf16_speedup.cache_clear()
     assert not bf16_is_faster(torch.device("cpu"))
-
-
-def test_the_estimate_grows_with_tokens(tiny_model, monkeypatch):
-    monkeypatch.setattr(capabilities, "free_bytes", lambda device: 10e6)
-    fits = [
-        activations_fit(tiny_model, tokens, bytes_per_value=4, device=torch.device("cpu")) for tokens in (100, 10**6)
-    ]
-    assert fits == [True, False]
+    bf16_speedup.cache_clear()  # this machine's own answer for the tests after this

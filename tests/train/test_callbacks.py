@@ -13,7 +13,9 @@ from tunesmith.train.callbacks import (
     Pace,
     ProgressCallback,
     RunLogCallback,
+    Work,
     clock_text,
+    progress_line,
     use_progress,
 )
 from tunesmith.train.curves import plot_curves
@@ -71,6 +73,18 @@ def test_pace_leaves_out_the_first_step_and_the_evaluation():
     assert pace.tokens_per_second == 50.0
     assert pace.remaining(11) == 8.0 * 8  # evaluations will come again
     assert pace.elapsed == 76.0
+
+
+def test_utilization_is_the_arithmetic_of_the_timed_steps_over_the_peak(tmp_path):
+    log = RunLogCallback(Run(tmp_path))
+    training = Training(log, tmp_path)
+    log.pace.work = Work(lambda: 3.0 * training.tokens, peak=600.0)
+    training.run(steps=4, loss=0.5)
+    assert log.pace.mfu == 3.0 * 300 / 6 / 600
+    assert read_status(tmp_path)["mfu"] == 0.25
+    assert (
+        progress_line(4, 10, {"loss": 0.5}, log.pace) == "step 4/10 · loss 0.500 · 50 tokens/s · MFU 25 % · 0:12 left"
+    )
 
 
 def test_pace_of_a_resumed_run_counts_only_its_own_steps():

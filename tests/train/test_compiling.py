@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 from tests.train.rows import assert_same, first_gradients, make_trainer, reference_gradients, token_rows
 from tunesmith.errors import ConfigError
-from tunesmith.model.compiled import compiler, decoder_layers
+from tunesmith.model.compiled import compiler, separate_layers
 from tunesmith.train import compiling
 from tunesmith.train.compiling import LONG_RUN, planned_tokens
 
@@ -33,7 +33,7 @@ def test_compiled_layers_equal_a_plain_loop(make_tiny_model, byte_tokenizer, tmp
     assert trainer._compiled is not None
     assert "layers: compiled in" in trainer.choices[-1]
     assert (
-        len(decoder_layers(trainer.model)) == trainer.model.config.num_hidden_layers
+        len(separate_layers(trainer.model)) == trainer.model.config.num_hidden_layers
     )  # outside they are as they were
 
 

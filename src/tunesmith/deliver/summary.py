@@ -24,6 +24,9 @@ FIGURES = (
     ("rouge-l", "ROUGE-L", "{:.1f}"),
 )
 
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "libraries", "allocator")
+"""Lines of the memory table, in this order."""
+
 
 def show_reports(report: Report | None, held_out: Mapping[str, Report], console: Console) -> None:
     """The report of each set."""
@@ -73,13 +76,67 @@ def show_results(
         console.out(line, highlight=False)
 
 
+def memory_lines(figures: Mapping[str, Any]) -> list[str]:
+    """The estimated memory of a step as a small table, and what helps where this machine has less.
+
+    Args:
+        figures: as `check --json` has them under `memory`, in bytes; or the `reason` why there are none.
+    """
+    if "reason" in figures:
+        return [f"memory: not estimated ({figures['reason']})"]
+    checkpointing = "checkpointing" if figures["gradient_checkpointing"] else "no checkpointing"
+    lines = [
+        f"memory at the peak of a step, estimated: {figures['tokens']:,} tokens in the largest micro-batch, "
+        f"{figures['products']} products, {checkpointing}"
+    ]
+    lines += [f"  {name:12}{size_text(figures[name]):>9}" for name in MEMORY_PARTS if figures[name]]
+    total, usable = figures["total"], figures["usable"]
+    has = "" if usable is None else f" of {size_text(usable)} that this machine has for it"
+    lines.append(f"  {'total':12}{size_text(total):>9}{has}")
+    if total < sum(figures[name] for name in MEMORY_PARTS):
+        lines.append("  (activations go as gradients come, so the total counts the larger of the two)")
+    if usable is not None and total > usable:
+        ways = [f"{name} ({size_text(size)})" for name, size in figures["helps"].items()]
+        lines.append("memory: it does not fit. " + (f"Each of these helps: {', '.join(ways)}." if ways else ""))
+    return lines
+
+
+def size_text(size: float) -> str:
+    """Bytes in the unit that suits them.
+
+    >>> size_text(5.4e8), size_text(1.2e6)
+    ('0.54 GB', '1.20 MB')
+    """
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
 def training_line(figures: Mapping[str, Any]) -> str:
     """Time, tokens and speed of the training."""
     time, tokens = clock_text(figures["train_runtime"]), f"{figures['train_tokens']:,} tokens"
     speed = f"{figures['train_tokens_per_second']:,.0f} tokens/s"
+    if mfu := figures.get("train_mfu"):
+        speed += f", MFU {share_text(mfu)} of a measured {flops_text(figures['peak_flops_per_second'])}"
     if step := figures.get("train_resumed_at_step"):
         return f"trained on from step {step} in {time}: {tokens} in all, {speed}"
     return f"trained in {time}: {tokens}, {speed}"
+
+
+def share_text(share: float) -> str:
+    """A share in percent, with digits where there is little.
+
+    >>> share_text(0.413), share_text(0.0009)
+    ('41 %', '0.09 %')
+    """
+    return f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.2f} %"
+
+
+def flops_text(rate: float) -> str:
+    """Operations a second in the unit that suits them.
+
+    >>> flops_text(2.4e12), flops_text(2.8e11)
+    ('2.4 TFLOP/s', '280 GFLOP/s')
+    """
+    return f"{rate / 1e12:.1f} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.0f} GFLOP/s"
 
 
 def figure_lines(figures: Mapping[str, Any], phase: str, sets: Sequence[str]) -> list[str]:

@@ -1,6 +1,9 @@
 """What a model can do exactly and what the hardware does fast: measured at start-up, not read from a list of names."""
 
 import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -138,46 +141,97 @@ def bf16_is_faster(device: torch.device, *, at_least: float = 1.5) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    return at_least * _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
+    return device.type == "cpu" and bf16_speedup() > at_least
 
 
-def _product_seconds(dtype: torch.dtype, repeats: int = 5) -> float:
-    """Fastest of a few (512, 768) × (768, 1024) products."""
-    left, right = torch.ones(512, 768, dtype=dtype), torch.ones(1024, 768, dtype=dtype)
-    best = float("inf")
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        torch.nn.functional.linear(left, right)
-        best = min(best, time.perf_counter() - begin)
-    return best
+@cache
+def bf16_speedup(rounds: int = 12) -> float:
+    """How many times as fast as float32 this CPU multiplies bfloat16: fastest of a few (512, 768) × (768, 1024).
 
-
-def activations_fit(model: nn.Module, tokens: int, *, bytes_per_value: int, device: torch.device) -> bool:
-    """Whether one micro-batch's saved activations fit beside weights, gradients and optimizer, by a plain estimate.
-
-    A decoder layer saves about 14 hidden-sized and 5 intermediate-sized vectors per token for its backward pass
-    (norms twice, q, k, v, attention in and out, residuals; gate, up, activation, product). Unknown sizes fit.
+    Both in turn, so what else runs here slows both.
     """
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size")]
-    if None in sizes:
-        return True
-    layers, hidden = sizes
-    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
-    activations = tokens * layers * (14 * hidden + 5 * intermediate) * bytes_per_value
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return activations + 12 * trained < 0.8 * free_bytes(device)
+    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    for _ in range(rounds):
+        for dtype in best:
+            best[dtype] = min(best[dtype], _product_seconds(dtype))
+    return best[torch.float32] / best[torch.bfloat16]
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    left, right = torch.ones(512, 768, dtype=dtype), torch.ones(1024, 768, dtype=dtype)
+    return _seconds_of(lambda: torch.nn.functional.linear(left, right), "cpu")
+
+
+PROBE_SECONDS = 0.08
+PROBE_SIDES = {"cpu": 1024, "cuda": 8192}
+
+
+@cache
+def matrix_rate(device_type: str, dtype: torch.dtype) -> float | None:
+    """Floating-point operations a second of large matrix products here, the fastest of those tried in 80 ms.
+
+    `None` for devices that cannot be timed. Another program at work on the device lowers it: it is what could be had.
+    """
+    side = PROBE_SIDES.get(device_type)
+    if side is None:
+        return None
+    generator = torch.Generator(device_type).manual_seed(0)  # the global one belongs to the run
+    left, right = (torch.rand(side, side, generator=generator, device=device_type).to(dtype) for _ in range(2))
+    output, best = torch.empty_like(left), float("inf")
+    torch.mm(left, right, out=output)  # the first pays for the library's start
+    end = time.perf_counter() + PROBE_SECONDS
+    while time.perf_counter() < end:
+        best = min(best, _seconds_of(lambda: torch.mm(left, right, out=output), device_type))
+    return 2 * side**3 / best
+
+
+def _seconds_of(run: Callable[[], Any], device_type: str) -> float:
+    """How long `run` takes, its work on a GPU included."""
+    if device_type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    if device_type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that is free on `device`; infinite where nobody can say."""
+    """Memory that is free on `device`, in this container on a CPU; infinite where nobody can say."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
+    return min(_kibibytes("/proc/meminfo", "MemAvailable"), _free_in_container())
+
+
+def resident_bytes() -> float:
+    """Main memory that this process holds now; 0 where nobody can say."""
+    held = _kibibytes("/proc/self/status", "VmRSS")
+    return held if held < float("inf") else 0.0
+
+
+def usable_bytes(device: torch.device) -> float:
+    """Memory that this process could hold in all: what it holds already and what is free."""
+    if device.type == "cuda":
+        return free_bytes(device) + torch.cuda.memory_reserved(device)
+    own = _kibibytes("/proc/self/status", "RssAnon")  # pages of files count as free already
+    return free_bytes(device) + (own if own < float("inf") else 0.0)
+
+
+def _kibibytes(path: str, name: str) -> float:
+    """The value of a line such as `MemAvailable:  123 kB`, in bytes; infinite where there is none."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        with open(path, encoding="ascii", errors="replace") as lines:
+            return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
     except (OSError, StopIteration):
+        return float("inf")
+
+
+def _free_in_container() -> float:
+    """What a memory limit of this control group leaves free; infinite where there is none (or only version 1's)."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((folder / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+        pages = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        return float(int(limit) - int(used) + int(pages["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # "max" is no number
         return float("inf")

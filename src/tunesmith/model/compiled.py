@@ -29,7 +29,7 @@ class CompiledLayers:
         AttentionInterface.register(NAME, torch.compiler.disable(document_attention))
         self.model = model
         self.layers: list[tuple[nn.Module, Callable]] = [
-            (layer, torch.compile(layer.forward, dynamic=True)) for layer in decoder_layers(model)
+            (layer, torch.compile(layer.forward, dynamic=True)) for layer in separate_layers(model)
         ]
 
     @contextmanager
@@ -44,7 +44,7 @@ class CompiledLayers:
                 layer.__dict__.pop("forward", None)
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
+def separate_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that transformers checkpoints one by one, but for those whose forward pass somebody has replaced."""
     return [
         module

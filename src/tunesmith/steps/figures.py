@@ -21,7 +21,17 @@ def training_figures(trainer: Any, metrics: Mapping[str, float]) -> dict[str, fl
     tokens, tokens_here = trainer.count_tokens(), trainer.count_tokens_here()
     speed = round(tokens_here / max(metrics["train_runtime"], 1e-9), 3)
     found = {**metrics, "train_loss": loss, "train_tokens": tokens, "train_tokens_per_second": speed}
+    found |= utilization(trainer, metrics["train_runtime"])
     return found | ({"train_resumed_at_step": before} if before else {})
+
+
+def utilization(trainer: Any, seconds: float) -> dict[str, float]:
+    """The operations a second that training needed on this process, beside those that its device was measured at."""
+    peak = trainer.peak_flops
+    if not peak or not trainer.flops_seen or seconds <= 0:
+        return {}
+    needed = trainer.flops_seen / seconds
+    return {"train_mfu": round(needed / peak, 4), "train_flops_per_second": needed, "peak_flops_per_second": peak}
 
 
 def whole_loss(log_history: Sequence[Mapping[str, Any]], before: int, loss: float, steps: int) -> float:

@@ -8,19 +8,28 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tunesmith.deliver.summary import clock_text
+from tunesmith.deliver.summary import clock_text, share_text
 from tunesmith.evaluate.generate import generate_texts
 from tunesmith.evaluate.questions import ask
 from tunesmith.runs import SAMPLES_FILE, TRAINER_LOG_FILE, Run, append_line, write_text
 
 STATUS_SECONDS = 1.0  # status.json is synced to disk: not more often than a page reads it
+
+
+class Work(NamedTuple):
+    """Arithmetic, to say how much of what a device can do is put to use."""
+
+    flops_seen: Callable[[], float]
+    """Floating-point operations that the training so far needed, on this process."""
+    peak: float
+    """Those that its device does in a second, as measured."""
 
 
 class Pace:
@@ -31,10 +40,14 @@ class Pace:
     """
 
     def __init__(
-        self, tokens_seen: Callable[[], int] | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        tokens_seen: Callable[[], int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        work: Work | None = None,
     ) -> None:
         self.tokens_seen = tokens_seen
         self.clock = clock
+        self.work = work
         self.start(step=0)
 
     def start(self, step: int) -> None:
@@ -43,16 +56,18 @@ class Pace:
         self.step = step
         self.first_step: int | None = None  # the step after which measuring begins
         self.first_step_ended = self.started
-        self.tokens_then = 0
-        self.tokens_now = 0
+        self.tokens_then = self.tokens_now = 0
+        self.flops_then = self.flops_now = 0.0
         self.step_seconds = 0.0
 
     def end_step(self, step: int) -> None:
         """Call when an optimizer step is done."""
         now = self.clock()
         self.tokens_now = int(self.tokens_seen()) if self.tokens_seen else 0
+        self.flops_now = self.work.flops_seen() if self.work else 0.0
         if self.first_step is None:
-            self.first_step, self.first_step_ended, self.tokens_then = step, now, self.tokens_now
+            self.first_step, self.first_step_ended = step, now
+            self.tokens_then, self.flops_then = self.tokens_now, self.flops_now
         else:
             self.step_seconds += now - self.mark
         self.step, self.mark = step, now
@@ -72,6 +87,13 @@ class Pace:
         tokens = self.tokens_now - self.tokens_then
         return tokens / self.step_seconds if tokens > 0 and self.step_seconds > 0 else None
 
+    @property
+    def mfu(self) -> float | None:
+        """Share of the device's measured peak that training needed (model FLOPs utilization), or None as above."""
+        if self.work is None or self.step_seconds <= 0 or self.flops_now <= self.flops_then:
+            return None
+        return (self.flops_now - self.flops_then) / self.step_seconds / self.work.peak
+
     def remaining(self, total_steps: int) -> float | None:
         """Seconds to the last step at the pace so far, or None while there is nothing to go by."""
         if self.step >= total_steps:
@@ -90,11 +112,12 @@ class RunLogCallback(TrainerCallback):
     Args:
         run: the run that is written to, by the first process only.
         tokens_seen: real tokens (no padding) trained so far; None leaves the speed out.
+        work: arithmetic so far and the device's peak; None leaves the utilization out.
     """
 
-    def __init__(self, run: Run, tokens_seen: Callable[[], int] | None = None) -> None:
+    def __init__(self, run: Run, tokens_seen: Callable[[], int] | None = None, work: Work | None = None) -> None:
         self.run = run
-        self.pace = Pace(tokens_seen)
+        self.pace = Pace(tokens_seen, work=work)
         self.figures: dict[str, Any] = {}
         self.status_written = -math.inf
         self.aborted = False
@@ -169,6 +192,7 @@ class RunLogCallback(TrainerCallback):
             total_steps=state.max_steps,
             **self.figures,
             tokens_per_second=_rounded(self.pace.tokens_per_second),
+            mfu=_rounded(self.pace.mfu, 4),
             eta_seconds=_rounded(self.pace.remaining(state.max_steps)),
         )
         if force or now - self.status_written >= STATUS_SECONDS:
@@ -227,6 +251,7 @@ class ProgressCallback(TrainerCallback):
         tokens_seen: real tokens (no padding) trained so far; None leaves the speed out.
         console: where to write; None is standard output.
         seconds_between_lines: plain lines come no faster than this; the first, the last and evaluations always do.
+        work: arithmetic so far and the device's peak; None leaves the utilization out.
     """
 
     def __init__(
@@ -234,9 +259,10 @@ class ProgressCallback(TrainerCallback):
         tokens_seen: Callable[[], int] | None = None,
         console: Console | None = None,
         seconds_between_lines: float = 5.0,
+        work: Work | None = None,
     ) -> None:
         self.console = console or Console()
-        self.pace = Pace(tokens_seen)
+        self.pace = Pace(tokens_seen, work=work)
         self.seconds_between_lines = seconds_between_lines
         self.line_printed = -math.inf
         self.logs: dict[str, Any] = {}
@@ -335,6 +361,7 @@ class _FiguresColumn(ProgressColumn):
             (9, f"{step}/{total}"),
             (8, f"loss {loss:.3f}" if isinstance(loss, float) else ""),
             (6, f"evaluating, batch {batches}" if batches else f"{speed:,.0f} tokens/s" if speed else ""),
+            (4, f"MFU {share_text(pace.mfu)}" if pace.mfu and not batches else ""),
             (5, f"{clock_text(pace.elapsed)} gone"),
             (7, f"{clock_text(left)} left" if left is not None and step < total else ""),
         ]
@@ -369,6 +396,7 @@ def progress_line(step: int, total_steps: int, logs: Mapping[str, Any], pace: Pa
             parts.append(f"{label} {float(logs[key]):{form}}")
     if "loss" in logs and pace.tokens_per_second:
         parts.append(f"{pace.tokens_per_second:,.0f} tokens/s")
+        parts += [f"MFU {share_text(pace.mfu)}"] if pace.mfu else []
     remaining = pace.remaining(total_steps)
     if remaining and step < total_steps:
         parts.append(f"{clock_text(remaining)} left")
@@ -397,5 +425,5 @@ def step_of(line: bytes, key: str) -> float:
         return math.inf
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 1)
+def _rounded(value: float | None, digits: int = 1) -> float | None:
+    return None if value is None else round(value, digits)

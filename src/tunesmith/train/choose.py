@@ -2,24 +2,40 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 from transformers.training_args import ParallelMode
 
+from tunesmith import allocator
+from tunesmith.data import IGNORE_INDEX
 from tunesmith.errors import ConfigError
 from tunesmith.model.adapt import has_adapter, hold_in_float32, upcast_trainable
-from tunesmith.model.capabilities import activations_fit, bf16_is_faster
+from tunesmith.model.capabilities import Support, bf16_is_faster, bf16_speedup, usable_bytes
 from tunesmith.model.quantize import hold_adapters_in, is_quantized, multiply_in, require_input_grads
+from tunesmith.train.memory import Batch, Memory, estimate
 from tunesmith.train.options import SFTConfig, loading
 
+ROOM = 0.9
+"""Share of the memory that may be had which an estimate may take; it is right to about a tenth."""
 
-def settled(args: SFTConfig, model: nn.Module, train_dataset: Any) -> tuple[SFTConfig, list[str]]:
-    """A copy of `args` with nothing left open, and the lines to say; `model`'s trained weights become float32."""
+IN_CHOSEN_LINE = ("precision:", "weights:", "gradient checkpointing:", "batches:", "layers:")
+"""Beginnings of the lines that `chosen_line` says shorter."""
+
+
+def settled(
+    args: SFTConfig, model: nn.Module, train_dataset: Any, batch: Batch | None = None
+) -> tuple[SFTConfig, list[str]]:
+    """A copy of `args` with nothing left open, and the lines to say; `model`'s trained weights become float32.
+
+    `batch` is the largest micro-batch, by which checkpointing is chosen.
+    """
     check(args, model)
     args, lines = copy.copy(args), []
     if args.n_gpu > 1:
@@ -36,9 +52,11 @@ def settled(args: SFTConfig, model: nn.Module, train_dataset: Any) -> tuple[SFTC
     if not (args.bf16 or args.fp16) and (count := hold_in_float32(model)):
         lines.append(f"weights: {count} frozen tensors held in float32 too, as products are (bf16=True: as loaded)")
     args.mixed_precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
-    if args.choose_checkpointing and train_dataset is not None:
-        lines.append(choose_checkpointing(args, model, longest_batch(train_dataset, args)))
+    if args.choose_checkpointing and batch is not None:
+        lines.append(choose_checkpointing(args, model, batch))
     lines += few_rows(args, train_dataset)
+    if args.gradient_checkpointing and args.device.type == "cpu":
+        allocator.save_memory()
     if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
         args.gradient_checkpointing_kwargs = {"use_reentrant": False}
     if has_adapter(model):
@@ -125,19 +143,78 @@ def choose_precision(args: SFTConfig, device: torch.device) -> str:
     return f"precision: float32 products (bfloat16 is not faster on this {device.type})"
 
 
-def choose_checkpointing(args: SFTConfig, model: nn.Module, tokens: int) -> str:
-    """Set `args.gradient_checkpointing` by an estimate for micro-batches of `tokens`; returns the line."""
-    fits = activations_fit(model, tokens, bytes_per_value=2 if args.bf16 else 4, device=args.device)
+def choose_checkpointing(args: SFTConfig, model: nn.Module, batch: Batch) -> str:
+    """Set `args.gradient_checkpointing` by an estimate for micro-batches of `batch`; returns the line."""
+    wanted = memory_of(args, model, batch, checkpointing=False)
+    fits = wanted is None or wanted.total < ROOM * usable_bytes(args.device)
     args.gradient_checkpointing = not fits
     said = "off (activations fit)" if fits else "on (activations would not fit)"
-    return f"gradient checkpointing: {said}, {tokens:,} tokens in the largest micro-batch"
+    return f"gradient checkpointing: {said}, {batch.tokens:,} tokens in the largest micro-batch"
 
 
-def longest_batch(dataset: Any, args: SFTConfig) -> int:
-    """Tokens in the largest micro-batch that can come up."""
+def memory_of(args: SFTConfig, model: nn.Module, batch: Batch, *, checkpointing: bool | None = None) -> Memory | None:
+    """What training `model` as `args` say takes; `None` if that cannot be told."""
+    return estimate(
+        model,
+        batch,
+        bf16=bool(args.bf16 or args.fp16),
+        checkpointing=bool(args.gradient_checkpointing) if checkpointing is None else checkpointing,
+        optimizer=getattr(args.optim, "value", args.optim),
+        accumulates=args.gradient_accumulation_steps > 1,
+        device=args.device.type,
+    )
+
+
+def largest_batch(dataset: Any, args: SFTConfig) -> Batch:
+    """The largest micro-batch that can come up; all its tokens count as trained where rows do not tell."""
     if args.tokens_per_batch is not None:
-        return args.tokens_per_batch
+        return Batch(args.tokens_per_batch, args.tokens_per_batch)
+    rows = args.per_device_train_batch_size
     if not isinstance(dataset, datasets.Dataset) or "input_ids" not in dataset.column_names:
-        return args.per_device_train_batch_size * (args.max_length or 1024)
-    lengths = sorted((len(ids) for ids in dataset["input_ids"]), reverse=True)
-    return sum(lengths[: args.per_device_train_batch_size])
+        tokens = rows * (args.max_length or 1024)
+        return Batch(tokens, tokens)
+    if args.packing and args.max_length and "seq_lengths" not in dataset.column_names:  # they will be packed
+        return Batch(rows * args.max_length, rows * args.max_length)
+    ids = dataset.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
+    lengths = pc.list_value_length(ids).to_numpy()
+    longest = lengths.argsort(kind="stable")[::-1][:rows]
+    padded = args.padding_free is False and len(longest)
+    tokens = len(longest) * int(lengths[longest[0]]) if padded else int(lengths[longest].sum())
+    if "labels" not in dataset.column_names:
+        return Batch(tokens, tokens)
+    labels = dataset.select_columns(["labels"]).with_format(None).select(longest.tolist())["labels"]
+    return Batch(tokens, sum(label != IGNORE_INDEX for row in labels for label in row))
+
+
+def products_of(args: SFTConfig, model: nn.Module) -> str:
+    """The type that matrix products are formed in."""
+    if args.bf16 or args.fp16:
+        return "bfloat16" if args.bf16 else "float16"
+    first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+    return "float32" if first is None else str(first.dtype).removeprefix("torch.")
+
+
+def chosen_line(
+    args: SFTConfig,
+    model: nn.Module,
+    support: Support,
+    batch: Batch,
+    memory: Memory | None,
+    more: Sequence[str] = (),
+) -> str:
+    """What a person reads at the start of a run: what was chosen, in one line, with the figures that it rests on."""
+    products = f"{products_of(args, model)} products"
+    if args.device.type == "cpu":
+        products += f" (bfloat16 is {bf16_speedup():.1f} × as fast as float32 here)"
+    rows = f"{args.per_device_train_batch_size} rows, " * (args.tokens_per_batch is None)
+    checkpointing = "checkpointing" if args.gradient_checkpointing else "no checkpointing"
+    if memory is not None:
+        checkpointing += f" ({memory.total / 1e9:.1f} of {usable_bytes(args.device) / 1e9:.1f} GB)"
+    kind = {
+        "documents": "attention per document, no padding",
+        "packed": "attention with a block mask, no padding",
+        "padded": "padded rows",
+    }[support.layout]
+    why = f" ({support.why})" if support.why else ""
+    size = f"{rows}at most {batch.tokens:,} tokens a micro-batch"
+    return "chose: " + " · ".join([products, size, checkpointing, kind + why, *more])

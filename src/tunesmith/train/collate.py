@@ -32,7 +32,7 @@ class FlatCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One flat batch."""
         documents = [document for row in rows for document in split_documents(row)]
-        num_tokens = sum(len(document["input_ids"]) for document in documents)
+        whole = [len(document["input_ids"]) for document in documents]
         prefix, sharing = common_prefix(documents) if self.share_prefix else 0, len(documents)
         documents = [document if index == 0 else without(document, prefix) for index, document in enumerate(documents)]
         laid = sum(len(document["input_ids"]) for document in documents)
@@ -48,7 +48,8 @@ class FlatCollator:
             "input_ids": input_ids.unsqueeze(0),
             "position_ids": torch.cat(positions).unsqueeze(0),
             "labels": labels.unsqueeze(0),
-            "num_tokens": num_tokens,
+            "num_tokens": sum(whole),
+            "num_squares": sum(length * length for length in whole),
             **loss_positions(labels.unsqueeze(0), joined_weights(documents)),
         }
         if self.boundaries:
@@ -103,6 +104,7 @@ class PaddedCollator:
             "attention_mask": attention_mask,
             "labels": labels,
             "num_tokens": sum(lengths) if rows else 0,
+            "num_squares": sum(length * length for length in lengths),
             **loss_positions(labels, weights),
         }
         if self.padding_side == "left":
@@ -127,6 +129,7 @@ class LocatedCollator:
         counted = batch.get("attention_mask")
         if isinstance(counted, Tensor) and counted.dim() == 2:
             batch.setdefault("num_tokens", int(counted.sum()))
+            batch.setdefault("num_squares", int((counted.sum(1) ** 2).sum()))
         return batch
 
 

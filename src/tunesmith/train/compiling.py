@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tunesmith.data import IGNORE_INDEX
 from tunesmith.errors import ConfigError
 from tunesmith.model.attention import documents_attend
-from tunesmith.model.compiled import CompiledLayers, compiler, decoder_layers
+from tunesmith.model.compiled import CompiledLayers, compiler, separate_layers
 from tunesmith.model.lora import inputs_left_to_autocast
 from tunesmith.model.quantize import is_quantized
 from tunesmith.train.collate import FlatCollator
@@ -67,7 +67,7 @@ def obstacle(trainer: Any) -> str:
         "several processes": args.world_size > 1,
         "not tried on a GPU yet": args.device.type != "cpu" and not args.compile_layers,
         "there is no C++ compiler": args.device.type == "cpu" and compiler() is None,
-        "no layers that can be told apart": not decoder_layers(model),
+        "no layers that can be told apart": not separate_layers(model),
     }
     return next((why for why, holds in found.items() if holds), "")
 

@@ -48,7 +48,7 @@ class PairCollator:
         width = batch["input_ids"].shape[1]
         is_flat = isinstance(self.collate, FlatCollator)
         starts = np.cumsum([0, *lengths])[:-1] if is_flat else width * np.arange(len(ids))
-        batch = {key: batch[key] for key in (*MODEL_KEYS, "num_tokens") if key in batch}
+        batch = {key: batch[key] for key in (*MODEL_KEYS, "num_tokens", "num_squares") if key in batch}
         begins = [pair["first_difference"] if self.reward_loss == "span" else None for pair in pairs]
         return batch | compared(begins, lengths, starts.tolist()) | {"num_pairs": len(pairs)}
 

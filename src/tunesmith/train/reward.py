@@ -33,11 +33,12 @@ from tunesmith.model.lora import save_plain_lora
 from tunesmith.model.value_head import RewardModel, ValueHead, has_head, read_head
 from tunesmith.runs import PREDICTIONS_FILE, write_text
 from tunesmith.train.arguments import check_ids, num_embeddings
-from tunesmith.train.choose import choose_checkpointing, few_rows, settled
+from tunesmith.train.choose import few_rows, memory_of, settled
 from tunesmith.train.collate import FlatCollator, PaddedCollator
 from tunesmith.train.datasets import columns_of
 from tunesmith.train.evaluation import EvaluatingTrainer
 from tunesmith.train.loaders import eval_batches, loader, train_batches
+from tunesmith.train.memory import Batch
 from tunesmith.train.options import SFTConfig, as_sft_config, explains_keywords, modernized
 from tunesmith.train.pairwise import MODEL_KEYS, PairCollator, pair_loss
 from tunesmith.train.processing import one_of, processing_for, tokenizer_in
@@ -89,7 +90,7 @@ class RewardTrainer(EvaluatingTrainer):
         quantization_config: `BitsAndBytesConfig` for a model given by name.
 
     Attributes:
-        reports, choices, tokens_seen: as of `SFTTrainer`.
+        reports, choices, largest_batch, memory, tokens_seen: as of `SFTTrainer`.
 
     Raises: ConfigError, DataError, ModelError before anything is trained.
     """
@@ -127,10 +128,10 @@ class RewardTrainer(EvaluatingTrainer):
         self.args, self.max_length = args, longest_row(args, base, self.tokenizer)
         train_dataset = self._prepared("train_dataset", train_dataset)
         eval_dataset = self._prepared("eval_dataset", eval_dataset)
-        if args.choose_checkpointing and train_dataset is not None:
-            tokens = longest_pairs(train_dataset, args.per_device_train_batch_size)
-            self.choices.append(choose_checkpointing(args, base, tokens))
-        args, lines = settled(args, base, None)
+        if train_dataset is not None:
+            self.largest_batch = Batch(longest_pairs(train_dataset, args.per_device_train_batch_size), trained=0)
+        args, lines = settled(args, base, None, self.largest_batch)
+        self.memory = None if self.largest_batch is None else memory_of(args, base, self.largest_batch)
         self.choices += [*lines, *few_rows(args, train_dataset)]
         use_cache = base.config.use_cache
         super().__init__(

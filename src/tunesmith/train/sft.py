@@ -32,7 +32,7 @@ from tunesmith.train.arguments import (
     unless_default,
 )
 from tunesmith.train.batching import EpochSampler
-from tunesmith.train.choose import keeps_masters, settled
+from tunesmith.train.choose import keeps_masters, largest_batch, memory_of, settled
 from tunesmith.train.collate import FlatCollator, LocatedCollator
 from tunesmith.train.compiling import drops_out, plan_compiling
 from tunesmith.train.completion_only import DataCollatorForCompletionOnlyLM, LabelsForReport
@@ -77,7 +77,9 @@ class SFTTrainer(GeneratingTrainer):
 
     Attributes:
         reports: `data.report.Report` of each dataset that was rendered and tokenized here.
-        choices: one line for each thing chosen for this model and machine, as said at the start of a run.
+        choices: one line for each thing chosen for this model and machine.
+        largest_batch, memory: the largest micro-batch, and what a step with it takes; `None` where nothing is trained,
+            or a model's config does not tell its sizes.
         tokens_seen: real tokens this process has trained on, no padding.
 
     Raises: ConfigError, DataError, ModelError before anything is trained.
@@ -135,8 +137,10 @@ class SFTTrainer(GeneratingTrainer):
         self._num_embeddings = num_embeddings(model)
         train_dataset = self._prepared("train_dataset", train_dataset)
         eval_dataset = self._prepared("eval_dataset", eval_dataset)
-        args, lines = settled(args, model, train_dataset)
+        self.largest_batch = None if train_dataset is None else largest_batch(train_dataset, args)
+        args, lines = settled(args, model, train_dataset, self.largest_batch)
         self.choices += lines
+        self.memory = None if self.largest_batch is None else memory_of(args, model, self.largest_batch)
         if args.use_liger_kernel:
             apply_liger(model, args.liger_kernel_config)
             args.liger_kernel_config = liger_options(args.liger_kernel_config)  # transformers applies them once more

@@ -15,19 +15,22 @@ from transformers.trainer_utils import TrainOutput
 from tunesmith.data import IGNORE_INDEX
 from tunesmith.deliver.card import write_card
 from tunesmith.errors import ConfigError
+from tunesmith.evaluate.flops import StepFlops, step_flops
 from tunesmith.model.attention import documents_attend
-from tunesmith.model.capabilities import Support, output_head
+from tunesmith.model.capabilities import Support, matrix_rate, output_head
 from tunesmith.model.lora import casting_layers, inputs_left_to_autocast, loraplus_groups, save_plain_lora
+from tunesmith.train.choose import chosen_line
 from tunesmith.train.collate import loss_positions
 from tunesmith.train.compiling import compiled_layers
 from tunesmith.train.head import HeadLoss, loss_in_head
 from tunesmith.train.loss import PLAIN, TokenLoss, loss_kind
+from tunesmith.train.memory import Batch, Memory
 from tunesmith.train.neftune import EmbeddingNoise, noisy_embeddings
 from tunesmith.train.processing import mend_special_ids, special_ids
 
 logger = logging.getLogger(__name__)
 
-HOST_KEYS = ("labels", "loss_index", "loss_targets", "loss_weights", "num_tokens", "skip_logits")
+HOST_KEYS = ("labels", "loss_index", "loss_targets", "loss_weights", "num_tokens", "num_squares", "skip_logits")
 FIGURES = ("correct", "entropy", "count", "nll", "weight")
 
 
@@ -37,7 +40,9 @@ class TokenTrainer(Seq2SeqTrainer):
     Attributes:
         support: how the model may be fed; whoever builds the trainer sets it.
         tokens_seen: real tokens this process has trained on in this session, no padding.
+        flops_seen: operations that these tokens needed, counted by sizes (`evaluate.flops.step_flops`).
         tokenizer, reports: what rows are read with, and what became of them, by name of the dataset.
+        largest_batch, memory: the largest micro-batch, and what a step with it is estimated to take.
         method: how the model card calls the training of a model that writes no answers.
     """
 
@@ -45,13 +50,15 @@ class TokenTrainer(Seq2SeqTrainer):
     tokenizer: Any = None
     reports: Mapping[str, Any] = {}
     method: str | None = None
+    largest_batch: Batch | None = None
+    memory: Memory | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # our loss is normalised over the whole step
         self.loss_is_scaled_for_ga = True  # the same, for transformers ≥ 5.2x
         self.label_names = ["labels"]  # transformers reads them off a forward's signature, which wrappers hide
-        self.tokens_seen = 0
+        self.tokens_seen, self.flops_seen, self._flops = 0, 0.0, StepFlops(0.0, 0.0, 0.0)
         self._tokens_before: int | None = None  # of the sessions before this one, all processes
         self._steps_before = 0
         self._attention_configs: list[Any] = []
@@ -79,9 +86,10 @@ class TokenTrainer(Seq2SeqTrainer):
 
         `auto_find_batch_size` calls this once for each size that it tries; figures of the sizes before do not count.
         """
-        self.tokens_seen, self._tokens_before = 0, None
+        self.tokens_seen, self.flops_seen, self._tokens_before = 0, 0.0, None
         self._figures = torch.zeros(len(FIGURES), device=self.args.device)
         model = self.accelerator.unwrap_model(self.model)
+        self._flops = step_flops(model)
         mend_special_ids(model, self._special_ids)
         self._casting = casting_layers(model) if self.args.bf16 or self.args.fp16 else []
         self._compile()
@@ -123,7 +131,9 @@ class TokenTrainer(Seq2SeqTrainer):
         if self._tokens_before is None:
             self._tokens_before = self.state.num_input_tokens_seen  # from the checkpoint, if there was one
             self._steps_before = self.state.global_step
-        self.tokens_seen += real_tokens(inputs)
+        tokens = real_tokens(inputs)
+        self.tokens_seen += tokens
+        self.flops_seen += self._flops.of(tokens, len(inputs.get("loss_index", ())), inputs.get("num_squares", 0))
         with self._attention(inputs), self._layers(), self._activations(), self._noise.of(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
 
@@ -268,6 +278,20 @@ class TokenTrainer(Seq2SeqTrainer):
         metrics["train_loss"] *= self.state.global_step / done
         for rate in ("train_samples_per_second", "train_steps_per_second"):
             metrics[rate] *= done / self.state.max_steps
+
+    def chosen_line(self) -> str | None:
+        """What was chosen for this model and machine, in one line; `None` where nothing is trained."""
+        if self.largest_batch is None:
+            return None
+        more = ["a common beginning once"] if getattr(self.data_collator, "share_prefix", False) else []
+        more += ["layers compiled, some ten seconds"] if self._compiles else []
+        return chosen_line(self.args, self.model, self.support, self.largest_batch, self.memory, more)
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Operations a second that this device does in the type of products, timed once; `None` where it cannot be."""
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        return matrix_rate(self.args.device.type, dtype)
 
     @property
     def steps_here(self) -> int:
