@@ -57,7 +57,7 @@ def test_without_compute_metrics_only_sums_leave_the_device(make_tiny_model, byt
     assert found["eval_loss"] == pytest.approx(expected, abs=1e-5)
     assert found["eval_perplexity"] == pytest.approx(np.exp(expected), rel=1e-4)
     assert 0 < found["eval_entropy"] <= np.log(259)
-    assert len(calls) == 1 + 3  # the batch, and the start-up check: two documents apart, then end to end
+    assert len(calls) == 1 + 6  # the batch, and the start-up check: two documents apart, then end to end, twice
 
 
 # trainer: A9
