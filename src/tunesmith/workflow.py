@@ -22,6 +22,7 @@ from tunesmith.deliver.web.serve import serve as serve_model
 from tunesmith.errors import ConfigError
 from tunesmith.evaluate.predict import comparisons, prefixed
 from tunesmith.model.capabilities import bf16_is_faster
+from tunesmith.model.compiled import compiler
 from tunesmith.model.saved import save_arguments
 from tunesmith.ranks import first_decides, is_first_process, join_processes
 from tunesmith.recipe import Recipe, load_recipe, phases
@@ -473,5 +474,8 @@ def env() -> dict[str, str]:
         "cores": f"{os.cpu_count()}, {torch.get_num_threads()} threads used by torch",
         "precision": f"{'bfloat16' if fast else 'float32'} products are the faster here "
         f"(probed in {time.perf_counter() - begin:.2f} s)",
+        "layers": "compiled in long runs"
+        if compiler()
+        else "run as they are: there is no C++ compiler to compile them",
         "command": Path(sys.argv[0]).name,
     }

@@ -24,7 +24,10 @@ STATE_VALUES = {
 """Optimizer → float32 values that it keeps for each trained weight; 2, those of AdamW, where it is not named here."""
 
 HOLES = {"cpu": 0.2}
-"""Share of what comes and goes that the allocator holds in vain beside it: 8 to 38 % as measured (docs/log.md)."""
+"""Share of what comes and goes that the allocator holds in vain beside it: 8 to 38 % as measured (docs/log.md).
+
+None under checkpointing, where `allocator.save_memory` lets large blocks go.
+"""
 
 IMPORTED = resident_bytes()
 """Bytes this process held when its libraries had been imported: mostly before any model."""
@@ -105,15 +108,17 @@ def estimate(
     product = 2 if bf16 else residual_bytes(model)
     weights = weight_bytes(model)
     loaded = 0.0 if is_meta(model) else weights
+    kept, again = activation_bytes(model, shape, batch.tokens, product, checkpointing, device)
+    logits = logit_bytes(model, shape, batch.trained, product, device)
     return Memory(
         weights=weights,
         gradients=gradient_bytes(model),
         optimizer=FLOAT32 * STATE_VALUES.get(optimizer, 2.0) * sum(one.numel() for one in trained(model)),
-        activations=activation_bytes(model, shape, batch.tokens, product, checkpointing, device),
-        logits=logit_bytes(model, shape, batch.trained, product, device),
+        activations=kept + max(0.0, again - logits),  # the logits are gone when a layer runs again
+        logits=logits,
         libraries=max(IMPORTED, resident_bytes() - loaded) if device == "cpu" else 0.0,
         accumulates=accumulates,
-        holes=HOLES.get(device, 0.0),
+        holes=0.0 if checkpointing else HOLES.get(device, 0.0),
     )
 
 
@@ -177,8 +182,8 @@ def layer_terms(shape: Shape, *, product: int, attention: int, casts: bool, norm
 
 def activation_bytes(
     model: nn.Module, shape: Shape, tokens: int, product: int, checkpointing: bool, device: str
-) -> float:
-    """What the layers hold at the end of the forward pass, or of the last layer's second one."""
+) -> tuple[float, float]:
+    """What the layers hold at the end of the forward pass, and what one holds that checkpointing runs again later."""
     products = layer_products(decoder_layers(model))
     read = [layer for layer in products if layer.weight.requires_grad or hasattr(layer, "lora_A")]
     norms = any(one.requires_grad and one.dim() == 1 for one in decoder_layers(model).parameters())
@@ -194,11 +199,21 @@ def activation_bytes(
     layer = tokens * (sum(terms.values()) + ranks / shape.layers)
     copies = copied_bytes(model, product)
     around = 3 * tokens * shape.hidden * FLOAT32  # the last norm and what it gives
+    layers = layers_with_gradients(model)
     if not checkpointing:
-        return layer * shape.layers + copies + around
+        return layer * layers + copies + around, 0.0
     passed_back = tokens * (2 * shape.hidden + 4 * shape.inner) * product
     cached = copies if any(one.weight.requires_grad for one in products) else copies / shape.layers
-    return tokens * shape.hidden * residual_bytes(model) * shape.layers + layer + passed_back + cached + around
+    return tokens * shape.hidden * residual_bytes(model) * layers + cached + around, layer + passed_back
+
+
+def layers_with_gradients(model: nn.Module) -> int:
+    """Layers from the first on that has, or lies behind, something that trains; those before keep nothing."""
+    embeddings, layers = embeddings_of(model), decoder_layers(model)
+    if embeddings is not None and any(one.requires_grad for one in embeddings.parameters()):
+        return len(layers)
+    trains = [any(one.requires_grad for one in layer.parameters()) for layer in layers]
+    return len(layers) - trains.index(True) if True in trains else 0
 
 
 def copied_bytes(model: nn.Module, product: int) -> float:
