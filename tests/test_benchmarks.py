@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 
-from benchmarks import big_head, generation, idle, long_rows, pairs, start, training
+from benchmarks import big_head, generation, idle, long_rows, loss_curve, pairs, start, training
 from benchmarks.blocks import LargestBlock
 
 
@@ -158,3 +158,10 @@ def test_the_stages_of_a_start_come_one_after_another(tmp_path, model_folder):
     assert list(found) == ["recipe", "data", "trainer", "training", "first step"]
     assert sorted(found.values()) == list(found.values())
     assert start.stages_of([found])["data"][0] == round(found["data"], 2)
+
+
+def test_a_curve_is_as_far_away_as_its_farthest_step():
+    plain = {"loss": [2.0, 1.0], "grad_norm": [4.0, 2.0]}
+    ours = {"loss": [2.0, 1.5], "grad_norm": [5.0, 2.0]}
+    found = loss_curve.distances({"plain": plain, "tunesmith": ours})
+    assert found == {"tunesmith": {"loss": 0.5, "grad_norm": 0.25}}
