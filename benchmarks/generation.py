@@ -12,13 +12,13 @@ time; `cpu_seconds` of the runs count all threads, for machines that others use.
 
 import argparse
 import json
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.pairs import in_turn, parser_of, save, spread
+from benchmarks.peak import peak_bytes
 
 NAME = "generation"
 
@@ -88,7 +88,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         "cpu_seconds": cpu,
         "tokens": tokens,
         "prompt_tokens": [len(prompt) for prompt in prompts],
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),  # KiB on Linux
+        "peak_memory_gb": round(peak_bytes() / 1e9, 2),
         "answers": answers,
     }
 

@@ -4,15 +4,16 @@
 
 A case names what it wants of full, lora, qlora; float32, bf16; checkpointing; and ROWSxTOKENS, the largest rows of a
 micro-batch: rows have from half as many tokens to that many, so that no two batches are alike. Every other token is
-trained. The peak is `ru_maxrss` after three steps.
+trained. The peak is `VmHWM` after three steps.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
+
+from benchmarks.peak import peak_bytes
 
 STEPS = 3
 CASES = [
@@ -80,7 +81,7 @@ def measured(model: str, case: str) -> dict[str, float]:
         adapter = None if "full" in words else lora
         trainer = SFTTrainer(model, args, train_dataset=token_rows(rows, length), peft_config=adapter)
         trainer.train()
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_bytes()
     return trainer.memory.to_json() | {"measured": peak, "tokens": trainer.largest_batch.tokens}
 
 

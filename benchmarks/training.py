@@ -8,12 +8,13 @@ All sides get the same rows in the same order, so their losses can be compared. 
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.peak import peak_bytes
 
 RATES = {"full": 2e-5, "lora": 1e-4}
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -23,7 +24,7 @@ def main() -> None:
     """Train and print the line."""
     options = options_of()
     figures = watched(options) if options.watch else SIDES[options.side](options)
-    figures["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)  # KiB on Linux
+    figures["peak_memory_gb"] = round(peak_bytes() / 1e9, 2)
     print(json.dumps(figures))
 
 

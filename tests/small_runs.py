@@ -76,4 +76,4 @@ def read_rows(path: Path) -> list[dict]:
 def read_figures(path: Path) -> dict[str, float]:
     """Figures of a results file, without those of the clock."""
     return {name: value for name, value in json.loads(path.read_text()).items() if "_second" not in name
-            and not name.endswith("_runtime")}  # fmt: skip
+            and not name.endswith(("_runtime", "_mfu"))}  # fmt: skip

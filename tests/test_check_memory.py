@@ -69,7 +69,8 @@ def test_a_run_says_in_one_line_what_it_chose_and_keeps_every_line(workplace):
     assert len(chosen) == 1
     assert re.fullmatch(
         r"chose: float32 products \(bfloat16 is \S+ × as fast as float32 here\) · 4 rows, at most \d+ tokens a "
-        r"micro-batch · no checkpointing \(\S+ of \S+ GB\) · attention per document, no padding",
+        r"micro-batch · no checkpointing \(\S+ of \S+ GB\) · attention per document, no padding · a "
+        r"common beginning once",
         chosen[0],
     )
     assert "gradient checkpointing:" not in said

@@ -44,7 +44,9 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
 
 def numbers(rows: list[dict]) -> list[dict]:
     """Logged figures, without those of the clock."""
-    return [{k: v for k, v in row.items() if "_second" not in k and not k.endswith("runtime")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if "_second" not in k and not k.endswith(("runtime", "mfu"))} for row in rows
+    ]
 
 
 def test_every_process_ends_with_the_code_of_one(folders):

@@ -15,7 +15,7 @@ from tunesmith.steps.figures import whole_loss
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "value_head.safetensors")
-SPEED = ("runtime", "per_second")
+SPEED = ("runtime", "per_second", "mfu")
 RUNS = {**{name: (f"whole/{name}", f"cut/{name}") for name in KILLED}, "interrupted": ("whole/lora", "interrupted"),
         "after training": ("whole/lora", "after")}  # fmt: skip
 OF_LORA = ("lora", "interrupted", "after training")
