@@ -40,7 +40,7 @@ def test_options_that_help_are_named_where_it_does_not_fit(workplace, monkeypatc
     words = ("--adapter", "full", "--gradient_checkpointing", "false", "--per_device_train_batch_size")
     helps = [memory_told(*words, rows)["helps"].keys() for rows in ("16", "1")]
     assert {"per_device_train_batch_size: 1", "gradient_checkpointing: true"} <= helps[0]
-    assert "adapter: lora" in helps[1]
+    assert any(name.startswith("adapter: lora") for name in helps[1])
     assert "memory: it does not fit. Each of these helps: per_device" in call("check", "recipe.yaml", *words, "16")
 
 

@@ -28,8 +28,8 @@ def tune() -> bool:
 def save_memory() -> bool:
     """Ask malloc to return large blocks at once after all, for a run that is short of memory. True where it applied.
 
-    glibc cannot use the place of an aligned block for another of the same size (its bug 14581), so what each layer
-    frees stays a hole: SmolLM2-135M under gradient checkpointing held 3.7 GB for 0.7 GB in use (docs/log.md).
+    Kept blocks leave holes that glibc 2.36 does not fill again: SmolLM2-135M under gradient checkpointing held 3.9 GB
+    for 0.8 GB in use (docs/log.md).
     """
     return is_wanted() and told_malloc({M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: LARGE_BYTES})
 
