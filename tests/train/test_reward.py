@@ -361,6 +361,8 @@ def test_a_conversation_without_an_answer_has_no_score(byte_tokenizer):
         {"tokens_per_batch": 64},
         {"label_smoothing_factor": 0.1},
         {"loss_type": "dft"},
+        {"compile_layers": True},
+        {"share_prefix": True},
         {"dataset_kwargs": {"format": "alpaca"}},
     ],
 )

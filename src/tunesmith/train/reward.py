@@ -344,6 +344,8 @@ def as_reward_config(args: Any) -> RewardConfig:
         "packing": found.packing,
         "tokens_per_batch": found.tokens_per_batch is not None,
         "use_liger_kernel": found.use_liger_kernel,
+        "compile_layers": bool(found.compile_layers),
+        "share_prefix": bool(found.share_prefix),
         "label_smoothing_factor": found.label_smoothing_factor != 0,
         "loss_type": found.loss_type != "nll",
         "router_aux_loss_coef": bool(found.router_aux_loss_coef),
