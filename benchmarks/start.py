@@ -74,7 +74,7 @@ def measure_train(options: argparse.Namespace) -> dict[str, float]:
         try:
             return {stage: moment - begin for stage, moment in moments(process, run).items()}
         finally:
-            process.terminate()
+            process.kill()
             process.communicate()
 
 

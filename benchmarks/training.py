@@ -94,8 +94,11 @@ def with_trl(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
         return timed(trainer, lambda: trainer.state.num_input_tokens_seen, options.untimed)
 
 
-def with_a_plain_loop(options: argparse.Namespace) -> dict[str, Any]:
-    """What every side must equal: transformers' padded forward pass in float32, all logits, cross entropy, AdamW."""
+def with_a_plain_loop(options: argparse.Namespace, *, bf16: bool = False) -> dict[str, Any]:
+    """What every side must equal: transformers' padded forward pass in float32, all logits, cross entropy, AdamW.
+
+    With `bf16` under autocast, the usual way to bfloat16 products.
+    """
     import datasets
     import torch
     import torch.nn.functional as F
@@ -116,7 +119,8 @@ def with_a_plain_loop(options: argparse.Namespace) -> dict[str, Any]:
         optimizer.param_groups[0]["lr"] = rate * (1 - step / options.steps)
         ids, labels = (padded(batch[name], fill) for name, fill in (("input_ids", 0), ("labels", -100)))
         mask = padded([[1] * len(row) for row in batch["input_ids"]], 0)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         loss.backward()
         figures["grad_norm"].append(torch.nn.utils.clip_grad_norm_(trained, 1.0).item())
@@ -139,6 +143,7 @@ SIDES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         options, bf16=False, gradient_checkpointing=False, packing=True, per_device_train_batch_size=2
     ),
     "plain": with_a_plain_loop,
+    "plain_bf16": lambda options: with_a_plain_loop(options, bf16=True),
 }
 """`trl` has TRL's defaults: bfloat16 and checkpointing; `trl_tuned` packs 2 rows of `max_length` into a step."""
 
