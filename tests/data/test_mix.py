@@ -69,7 +69,8 @@ def test_streams_are_interleaved_and_none_is_read_before():
 )
 def test_streams_are_laid_out_as_the_plan_says(sizes, seed, stop):
     shares = shares_of([1.0 + i for i in range(len(sizes))], range(len(sizes)))
-    parts = [lambda part=part, size=size: ((part, row) for row in range(size)) for part, size in enumerate(sizes)]
+    parts = [lambda cursor, part=part, size=size: ((part, row) for row in range(size))
+             for part, size in enumerate(sizes)]  # fmt: skip
     plan = plan_mixture(sizes, shares, seed, stop)
     assert list(mix_streams(parts, shares, seed, stop=stop)) == [tuple(row) for row in plan.tolist()]
     assert list(mix_streams(parts, None)) == [tuple(row) for row in plan_mixture(sizes).tolist()]
@@ -78,7 +79,7 @@ def test_streams_are_laid_out_as_the_plan_says(sizes, seed, stop):
 def test_a_stream_that_is_read_once_cannot_repeat():
     once = iter([1])
     with pytest.raises(DataError, match="stream 1 of 2 gave rows once and none when it was read again"):
-        list(mix_streams([lambda: once, lambda: iter(range(50))], np.array([0.9, 0.1]), 0, stop="all"))
+        list(mix_streams([lambda cursor: once, lambda cursor: iter(range(50))], np.array([0.9, 0.1]), 0, stop="all"))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from tunesmith.data.readers import READERS
+from tunesmith.data.readers import READERS, read_jsonl
 from tunesmith.data.report import Report, visible
 from tunesmith.data.rows import Row, RowError, without_nulls
 from tunesmith.errors import ConfigError, DataError
@@ -75,6 +75,23 @@ def read_files(files: Iterable[str]) -> Iterator[Row | RowError]:
             yield from _not_empty(READERS[suffix](path), path)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def read_files_after(files: Sequence[str], path: str, line: int) -> Iterator[Row | RowError]:
+    """The rows of files behind a line of one of them. Lines of JSON before it are counted, and not read.
+
+    Raises: DataError where the file is gone.
+    """
+    if path not in files:
+        raise DataError(f"{path} was being read and is gone, so its stream cannot be taken up. Put it back.")
+    try:
+        if Path(path).suffix.lower() == ".jsonl":
+            yield from read_jsonl(path, after=line)
+        else:
+            yield from (row for row in READERS[Path(path).suffix.lower()](path) if row.line > line)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    yield from read_files(files[files.index(path) + 1 :])
 
 
 def looks_like_hub_id(name: str) -> bool:

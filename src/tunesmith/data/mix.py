@@ -5,7 +5,7 @@ import numbers
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Stop = Literal["first", "all"]
 Item = TypeVar("Item")
+Cursor = dict[str, Any]
+"""Where a stream stands, as the function that reads it keeps it; `data.cursor` makes it JSON."""
 DRAWS = 4096  # drawn at once
 
 
@@ -77,63 +79,102 @@ def draws(shares: np.ndarray, *seed: int) -> Iterator[np.ndarray]:
 
 
 def mix_streams(
-    parts: Sequence[Callable[[], Iterator[Item]]],
+    parts: Sequence[Callable[[Cursor], Iterator[Item]]],
     shares: np.ndarray | None,
     *seed: int,
     stop: Stop = "first",
     names: Sequence[str] = (),
     skip_empty: bool = False,
+    cursor: Cursor | None = None,
 ) -> Iterator[Item]:
     """Items of several streams as `plan_mixture` would lay them out, read one ahead.
 
     Args:
-        parts: each begins its stream, anew whenever it is called; with `stop="all"` streams that ended begin again.
+        parts: each begins its stream, anew whenever it is called with an empty cursor, else where that says; with
+            `stop="all"` streams that ended begin again.
         shares: how often each is drawn, adding up to 1. `None`: one after another.
         seed: numbers that the draws depend on, such as a seed and an epoch.
         stop: as in `plan_mixture`.
         names: what an error calls the parts.
         skip_empty: a part without any item is passed over, where with `stop="first"` it would end the mixture.
+        cursor: kept up to date, so that a copy of it takes the mixture up where it stood.
 
     Raises: DataError for a part that has to begin again and gives nothing.
     """
+    cursor = {} if cursor is None else cursor
+    inside = cursor.setdefault("parts", [{} for _ in parts])
     if shares is None:
-        for begin in parts:
-            yield from begin()
+        for index in range(cursor.setdefault("part", 0), len(parts)):
+            cursor["part"] = index
+            yield from parts[index](inside[index])
         return
-    rest = {index: parts[index]() for index in np.flatnonzero(shares).tolist()}
-    firsts = {index: next(items, None) for index, items in rest.items()}
-    ahead = {index: item for index, item in firsts.items() if item is not None}
-    ended: set[int] = set()
-    for index in chain.from_iterable(array.tolist() for array in draws(shares, *seed)):
+    rest = {index: parts[index](inside[index]) for index in np.flatnonzero(shares).tolist()}
+    if "ahead" not in cursor:
+        firsts = {index: next(items, None) for index, items in rest.items()}
+        cursor["ahead"] = [[index, item] for index, item in firsts.items() if item is not None]
+        cursor["ended"], cursor["drawn"] = [], 0
+        cursor["is_last"] = False
+    ahead, ended = dict(cursor["ahead"]), cursor["ended"]
+    drawn = chain.from_iterable(array.tolist() for array in draws(shares, *seed))
+    for index in islice(drawn, cursor["drawn"], None):
+        if cursor["is_last"]:
+            return
+        cursor["drawn"] += 1
         if not ahead or (stop == "first" and len(ahead) < len(rest) and not skip_empty):
             return
         if index not in ahead:
             continue
-        yield ahead[index]
-        ahead[index] = next(rest[index], None)
+        item, ahead[index] = ahead[index], next(rest[index], None)
         if ahead[index] is None:
-            ended.add(index)
-            if stop == "first" or len(ended) == len(ahead):
-                return
-            rest[index] = parts[index]()
-            ahead[index] = next(rest[index], None)
-            if ahead[index] is None:
-                name = names[index] if names else f"stream {index + 1} of {len(parts)}"
-                raise DataError(
-                    f"{name} gave rows once and none when it was read again, as a generator does. Give a stream that "
-                    "can be read several times, or end with the first (mixture_stop)."
-                )
+            ended += [] if index in ended else [index]
+            cursor["is_last"] = stop == "first" or len(ended) == len(ahead)
+            if not cursor["is_last"]:
+                inside[index].clear()
+                rest[index] = parts[index](inside[index])
+                ahead[index] = next(rest[index], None)
+                if ahead[index] is None:
+                    raise DataError(gives_once(names[index] if names else f"stream {index + 1} of {len(parts)}"))
+        cursor["ahead"] = [list(pair) for pair in ahead.items()]
+        yield item
 
 
-def shuffled_stream(items: Iterator[Item], size: int, generator: random.Random) -> Iterator[Item]:
-    """Items in an order drawn from the next `size` of them; each comes once."""
-    held: Sequence[Item] = list(islice(items, size))
-    for item in items:
-        index = generator.randrange(len(held))
-        yield held[index]
-        held[index] = item
-    generator.shuffle(held)
-    yield from held
+def gives_once(name: str) -> str:
+    """The sentence for a stream that has to begin again and gives nothing."""
+    return (
+        f"{name} gave rows once and none when it was read again, as a generator does. Give a stream that can be read "
+        "several times, or end with the first (mixture_stop)."
+    )
+
+
+def shuffled_stream(
+    items: Iterator[Item], size: int, generator: random.Random, cursor: Cursor | None = None
+) -> Iterator[Item]:
+    """Items in an order drawn from the next `size` of them; each comes once. `cursor` as in `mix_streams`."""
+    cursor = {} if cursor is None else cursor
+    if "held" in cursor:
+        generator.setstate(state_of(cursor["random"]))
+    else:
+        cursor.update(held=list(islice(items, size)), given=None)
+    cursor["random"] = generator
+    held = cursor["held"]
+    if cursor["given"] is None:
+        for item in items:
+            index = generator.randrange(len(held))
+            found, held[index] = held[index], item
+            yield found
+        generator.shuffle(held)
+        cursor["given"] = 0
+    while cursor["given"] < len(held):
+        cursor["given"] += 1
+        yield held[cursor["given"] - 1]
+
+
+def state_of(saved: Any) -> Any:
+    """The state of a `random.Random`, from one or from what became of it in JSON."""
+    if isinstance(saved, random.Random):
+        return saved.getstate()
+    version, numbers, rest = saved
+    return version, tuple(numbers), rest
 
 
 def shares_of(weights: Mapping | Sequence[float], names: Sequence) -> np.ndarray:

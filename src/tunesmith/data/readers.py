@@ -23,9 +23,9 @@ PART = 2**20  # characters of a JSON array that are read at once
 # JSON ------------------------------------------------------------------------------------------------------------
 
 
-def read_jsonl(path: str) -> Iterator[Row | RowError]:
-    """One JSON object per line; blank lines are skipped."""
-    for number, raw in _lines(path):
+def read_jsonl(path: str, after: int = 0) -> Iterator[Row | RowError]:
+    """One JSON object per line, from the line after `after`; blank lines are skipped."""
+    for number, raw in islice(_lines(path), after, None):
         if not raw.isspace() and raw:
             yield _json_row(path, number, raw.rstrip(b"\r\n"))
 

@@ -3,11 +3,11 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tunesmith.data.detect import describe_format, detect_format
 from tunesmith.data.formats import FORMATS, alpaca_question, columns_of, renamed
-from tunesmith.data.load import data_files, good_rows, read_files, read_hub
+from tunesmith.data.load import data_files, good_rows, read_files, read_files_after, read_hub
 from tunesmith.data.normalize import MEDIA, Example, normalize
 from tunesmith.data.prepare import examples_of
 from tunesmith.data.registry import COLUMNS, FILE, Source, check_files, under_our_names
@@ -34,26 +34,47 @@ class Reading(NamedTuple):
     """Rows are read as they are asked for; the format is found from the first."""
 
 
-def source_examples(source: Source, how: Reading, report: Report) -> Iterator[Example]:
+def source_examples(
+    source: Source, how: Reading, report: Report, place: dict[str, Any] | None = None
+) -> Iterator[Example]:
     """The examples of a source, in its order.
 
     Args:
         report: counts every row that is read, and names those that are dropped.
+        place: of a stream, where it stands: kept up to date, and begun at if it is not empty.
 
     Raises: ConfigError for a source that the stage does not train on; DataError for one that cannot be read; RowError
         for a row that cannot, unless bad rows are skipped.
     """
     check_source(source, how)
-    rows = islice(good_rows(source_rows(source, report, how.streaming), how.on_bad_row, report), how.max_samples)
-    head = list(islice(rows, PEEK if how.streaming else None))
-    if not head:
-        return
-    format, columns = _format_of(source, head, how)
-    _note(source, head, format, columns, how, report)
-    read = _reader(source, format, columns, how)
-    if how.streaming and source.format is None and columns is source.columns:
-        read = _of_one_format(read, head, columns, how)
-    yield from examples_of(chain(head, rows), read, report, stage=how.stage, on_bad_row=how.on_bad_row)
+    place = {} if place is None else place
+    told = Report() if "at" in place else report  # what is told of the files was told when they were opened
+    found = source_rows(source, told, how.streaming, place.get("at"))
+    peeked = list(islice(found, 0 if "at" in place else PEEK if how.streaming else None))
+    rows = islice(good_rows(chain(peeked, found), how.on_bad_row, report), how.max_samples)
+    if "at" in place:
+        read = _reader(source, place["format"], place["columns"], how)
+    else:
+        head = [row for row in peeked if isinstance(row, Row)] if how.streaming else list(rows)
+        if not head:
+            yield from rows  # of which none is good: they are counted, or the first is raised
+            return
+        format, columns = _format_of(source, head, how)
+        _note(source, head, format, columns, how, report)
+        read = _reader(source, format, columns, how)
+        if how.streaming and source.format is None and columns is source.columns:
+            read = _of_one_format(read, head, columns, how)
+        place.update(format=format, columns=columns)
+        rows = rows if how.streaming else iter(head)
+    rows = _placed(rows, place) if how.streaming else rows
+    yield from examples_of(rows, read, report, stage=how.stage, on_bad_row=how.on_bad_row)
+
+
+def _placed(rows: Iterator[Row], place: dict[str, Any]) -> Iterator[Row]:
+    """The rows, each noted as the last that was taken."""
+    for row in rows:
+        place["at"] = [row.source, row.line]
+        yield row
 
 
 def check_source(source: Source, how: Reading) -> None:
@@ -96,19 +117,22 @@ def near(path: str) -> str:
     return did_you_mean(name, os.listdir(folder) if os.path.isdir(folder) else [])
 
 
-def source_rows(source: Source, report: Report, streaming: bool = False) -> Iterator[Row | RowError]:
-    """The rows of a source; those that cannot be read as RowErrors in their place."""
+def source_rows(
+    source: Source, report: Report, streaming: bool = False, after: Sequence[Any] | None = None
+) -> Iterator[Row | RowError]:
+    """The rows of a source, or those after a file and a line; such that cannot be read as RowErrors in their place."""
     if not source.is_hub:
         files = data_files(source.place, report, "" if source.is_registered else source.name)
         check_files(source, files, report)
-        return read_files(files)
+        return read_files(files) if after is None else read_files_after(files, *after)
     if os.path.exists(source.place):
         raise ConfigError(
             f"dataset {visible(source.name, 80)}: hf_hub_url is {source.place}, but here is a folder of that name, "
             "which would be read in place of the Hub's. Rename the folder, or run elsewhere."
         )
     options = {"name": source.subset, "data_dir": source.folder, "revision": source.revision}
-    return read_hub(source.place, source.split, streaming=streaming, **options)
+    rows = read_hub(source.place, source.split, streaming=streaming, **options)
+    return rows if after is None else (row for row in rows if row.line > after[1])
 
 
 # How rows are read -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -18,7 +19,7 @@ from datasets.iterable_dataset import ExamplesIterable
 
 from tunesmith.config import DataConfig
 from tunesmith.data.collect import STOPS, collect, mixture_weights, set_names, sources_of
-from tunesmith.data.mix import mix_streams, shuffled_stream
+from tunesmith.data.mix import Cursor, mix_streams, shuffled_stream
 from tunesmith.data.normalize import Example
 from tunesmith.data.registry import Source
 from tunesmith.data.report import Report, place
@@ -82,12 +83,26 @@ class ExampleStream(datasets.IterableDataset):
     """The training examples of a stream, in another order for every epoch (`set_epoch`).
 
     They are read with `format=FINISHED`, since their sources may differ in kind. `state_dict` and `load_state_dict`
-    take a pass of the same epoch up where it was left; the rows before are read again, but not trained on.
+    take a pass of the same epoch up where it was left; the rows before are read again, but not trained on. `read`
+    takes it up without that.
     """
 
     def __init__(self, passes: "Passes"):
         self.passes = passes
         super().__init__(ExamplesIterable(self._numbered, {}))
+
+    def read(self, epoch: int, cursor: Cursor) -> Iterator[Example]:
+        """The examples of a pass, from where `cursor` says; it is kept up to date."""
+        return (example for _, example in self.passes(epoch, cursor))
+
+    @property
+    def can_be_taken_up(self) -> bool:
+        """Whether a pass can be taken up where it was left: the first so many rows of a source cannot."""
+        return all(self.passes.limited(source).max_samples is None for source in self.passes.sources)
+
+    def identity(self) -> dict[str, Any]:
+        """What is read, for a checkpoint that is gone on from: names, and sizes of local files."""
+        return {"sources": [source_identity(source) for source in self.passes.sources]}
 
     def _numbered(self) -> Iterator[tuple[int, Example]]:
         yield from enumerate(example for _, example in self.passes(self.epoch))
@@ -96,6 +111,13 @@ class ExampleStream(datasets.IterableDataset):
 def finished(value: Mapping[str, Any]) -> Mapping[str, Any]:
     """A format whose rows are examples already, of any kind."""
     return value
+
+
+def source_identity(source: Source) -> dict[str, Any]:
+    """The name of a source; of a local one its files and their sizes too."""
+    path = Path(source.place)
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    return {"name": source.name, "files": [[file.name, file.stat().st_size] for file in files if file.is_file()]}
 
 
 class Passes:
@@ -119,12 +141,17 @@ class Passes:
             logger.warning("%s. Set mix_strategy: interleave_under to mix them.", what)
             self.notes.append(what)
 
-    def __call__(self, epoch: int) -> Iterator[tuple[Key, Example]]:
-        """The examples of one pass, each with its key."""
+    def __call__(self, epoch: int, cursor: Cursor | None = None) -> Iterator[tuple[Key, Example]]:
+        """The examples of one pass, each with its key; `cursor` as in `data.mix.mix_streams`."""
+        cursor = {} if cursor is None else cursor
+        for index, saved in enumerate(cursor.get("longest", ())):
+            self._count(index, Report.of(saved))
+        cursor["longest"] = self.longest
         parts = [partial(self._part, index) for index in range(len(self.sources))]
         stop = STOPS.get(self.options.mix_strategy, "first")
-        mixed = mix_streams(parts, self.shares, self.seed, epoch, stop=stop)
-        return shuffled_stream(mixed, self.options.buffer_size, random.Random(f"{self.seed} {epoch}"))
+        mixed = mix_streams(parts, self.shares, self.seed, epoch, stop=stop, cursor=cursor.setdefault("mixed", {}))
+        generator = random.Random(f"{self.seed} {epoch}")
+        return shuffled_stream(mixed, self.options.buffer_size, generator, cursor.setdefault("shuffled", {}))
 
     def hold_out(self, number: int) -> dict[str, list[Example]]:
         """The first `number` examples of the first pass, which no pass gives from now on.
@@ -166,20 +193,23 @@ class Passes:
             total.note(f"{len(self.held_out):,} of the rows are held out")
         return total
 
-    def _part(self, index: int) -> Iterator[tuple[Key, Example]]:
+    def _part(self, index: int, cursor: Cursor) -> Iterator[tuple[Key, Example]]:
         """The examples of one source that are not held out."""
-        source, counted = self.sources[index], Report()
-        empty = True
-        for number, example in enumerate(source_examples(source, self._limited(source), counted)):
+        source, counted = self.sources[index], Report.of(cursor["counted"]) if "counted" in cursor else Report()
+        cursor.setdefault("number", -1)
+        cursor.setdefault("empty", True)
+        for example in source_examples(source, self.limited(source), counted, cursor.setdefault("place", {})):
+            cursor["number"] += 1
+            cursor["counted"] = counted
             self._count(index, counted)
-            if (index, number) not in self.held_out:
-                empty = False
-                yield (index, number), example
+            if (index, cursor["number"]) not in self.held_out:
+                cursor["empty"] = False
+                yield (index, cursor["number"]), example
         self._count(index, counted)
-        if empty and self.shares is not None:
+        if cursor["empty"] and self.shares is not None:
             raise DataError(f"dataset {source.name} has no row left to draw from. Leave it out, or mend its rows.")
 
-    def _limited(self, source: Source) -> Reading:
+    def limited(self, source: Source) -> Reading:
         """A stream cannot be drawn from or repeated to a size: `num_samples` are the first so many."""
         limits = [limit for limit in (source.num_samples, self.how.max_samples) if limit is not None]
         return self.how._replace(max_samples=min(limits, default=None))

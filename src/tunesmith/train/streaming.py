@@ -7,6 +7,7 @@ import logging
 import random
 import types
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
@@ -16,8 +17,9 @@ import datasets
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from tunesmith.data.cursor import snapshot
 from tunesmith.data.encode import encode_batch
-from tunesmith.data.mix import mix_streams, shuffled_stream
+from tunesmith.data.mix import Cursor, mix_streams, shuffled_stream
 from tunesmith.data.pack import TOKEN_COLUMNS, pack
 from tunesmith.data.prepare import as_dataset
 from tunesmith.data.report import Problem, Report, place
@@ -31,37 +33,73 @@ logger = logging.getLogger(__name__)
 FIRST_ROWS = 8  # of the first batch; the next are each twice as large, so that the first step need not wait
 FIRST_SEQUENCES = 16  # packed rows of the first buffer, likewise
 SHUFFLED_ROWS = 1000  # held to draw the next from
+RECENT_ROWS = 4096  # remembered, to tell which of those that a loader has read were used
 LISTED = 1000  # dropped rows that the report of a stream names
 
 
 class Stream(IterableDataset):
     """Rows that are made while they are read, in the same order for the same epoch.
 
-    With `infinite`, it begins again at its end, as the next epoch.
+    With `infinite`, it begins again at its end, as the next epoch. `position` says where it stands, and `take_up` lets
+    the next reading begin there, if its sources can (`can_be_taken_up`).
     """
 
     def __init__(self):
         self.infinite = False
-        self.epoch = 0
+        self.epoch = self._later = 0
+        self._cursor: Cursor = {}
+        self._taken_up: Cursor | None = None
+        self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_ROWS)
 
     def set_epoch(self, epoch: int) -> None:
         """What the next pass draws its order from; the source hears of it if it wants to."""
-        self.epoch = epoch
+        self.epoch = epoch + self._later
 
-    def one_pass(self, epoch: int) -> Iterator[dict[str, Any]]:
-        """The rows from first to last."""
+    @property
+    def can_be_taken_up(self) -> bool:
+        """Whether reading can begin where it was left."""
         raise NotImplementedError
 
+    def one_pass(self, epoch: int, cursor: Cursor) -> Iterator[dict[str, Any]]:
+        """The rows from first to last, or from where `cursor` says; it is kept up to date."""
+        raise NotImplementedError
+
+    def position(self, last: Any) -> dict[str, Any] | None:
+        """Where the stream stands, as JSON, when `last` is the last row that was used of those that it gave.
+
+        Returns: `None` where it cannot be told: the row is another object by now, or was given long ago.
+        """
+        rows = list(self._recent)
+        found = next((index for index, row in enumerate(rows) if row is last), None)
+        if found is None or not self.can_be_taken_up:
+            return None
+        return {**snapshot(self._cursor), "unused": snapshot(rows[found + 1 :])}
+
+    def take_up(self, position: Mapping[str, Any]) -> bool:
+        """Begin the next reading at a `position`; what is read after it are the epochs that follow.
+
+        Returns: whether the position lies in the middle of an epoch, and not at its end.
+        """
+        in_the_middle = bool(position["unused"]) or not position["ended"]
+        self._taken_up = dict(position) if in_the_middle else None
+        self._later = position["epoch"] + (not in_the_middle)
+        return in_the_middle
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        epoch = self.epoch
+        begun, self._taken_up = self._taken_up, None
+        cursor = self._cursor = begun or {"epoch": self.epoch, "rows": 0, "inside": {}, "ended": False}
+        for row in cursor.pop("unused", ()):
+            self._recent.append(row)
+            yield row
         while True:
-            num_rows = 0
-            for row in self.one_pass(epoch):
-                num_rows += 1
+            for row in self.one_pass(cursor["epoch"], cursor["inside"]):
+                cursor["rows"] += 1
+                self._recent.append(row)
                 yield row
-            if not self.infinite or not num_rows:
+            if not self.infinite or not cursor["rows"]:
+                cursor["ended"] = True
                 return
-            epoch += 1
+            cursor.update(epoch=cursor["epoch"] + 1, rows=0, inside={})
 
 
 class TokenStream(Stream):
@@ -80,25 +118,51 @@ class TokenStream(Stream):
         self.name, self.source, self.how, self.report = name, source, how, report
         self._said: set[str] = set()
 
-    def one_pass(self, epoch: int) -> Iterator[dict[str, Any]]:
+    @property
+    def can_be_taken_up(self) -> bool:
+        """Streams of recipes can, in the process that trains, where the trainer's options ask for nothing on top."""
+        plain = not self.how.shuffle and not self.how.keep_columns and not self.how.own_collator
+        return plain and get_worker_info() is None and getattr(self.source, "can_be_taken_up", False)
+
+    def identity(self) -> dict[str, Any]:
+        """What is read, as far as the source tells."""
+        told = getattr(self.source, "identity", None)
+        return told() if told is not None else {"stream": type(self.source).__name__}
+
+    def one_pass(self, epoch: int, cursor: Cursor) -> Iterator[dict[str, Any]]:
         """The documents; DataError if there is none at all."""
-        if hasattr(self.source, "set_epoch"):
-            self.source.set_epoch(epoch)
-        rows = rows_of_worker(self.name, self.source)
+        is_new = not cursor
+        if self.can_be_taken_up:
+            cursor.setdefault("number", 0)
+            waiting = cursor.setdefault("waiting", [])
+            while waiting:
+                yield waiting.pop(0)
+            rows = self._examples(epoch, cursor)
+        else:
+            if hasattr(self.source, "set_epoch"):
+                self.source.set_epoch(epoch)
+            rows = rows_of_worker(self.name, self.source)
         if self.how.shuffle:
             rows = shuffled_stream(rows, SHUFFLED_ROWS, random.Random(f"{self.how.seed} {epoch}"))
         first = next(rows, None)
         if first is not None:
             rows = chain([first], rows)
             warn_of_function(self.name, first.value, self.how)
-            yield from self._ready(rows) if "input_ids" in first.value else self._encoded(rows)
-        if get_worker_info() is None and not self.report.kept:  # the share of one of several workers may be empty
+            yield from self._ready(rows) if "input_ids" in first.value else self._encoded(rows, cursor)
+        is_alone = get_worker_info() is None  # the share of one of several workers may be empty
+        if is_new and is_alone and not self.report.kept:
             check_report(self.name, self.report, self.how.packing)
 
-    def _encoded(self, rows: Iterator[Row]) -> Iterator[dict[str, Any]]:
-        reader = Reader(self.how)
+    def _examples(self, epoch: int, cursor: Cursor) -> Iterator[Row]:
+        """The examples of a source that can be taken up, numbered through the pass."""
+        for row in numbered(self.name, self.source.read(epoch, cursor.setdefault("source", {})), from_table=False):
+            cursor["number"] += 1
+            yield row if row.source != self.name else row._replace(line=cursor["number"])
+
+    def _encoded(self, rows: Iterator[Row], cursor: Cursor) -> Iterator[dict[str, Any]]:
+        reader, waiting = Reader(self.how), cursor.setdefault("waiting", [])
         characters = int(self.how.max_length * self.how.chars_per_token * self.how.num_of_sequences)
-        for batch in growing_batches(rows, self.how.batch_size, characters):
+        for batch in growing_batches(rows, self.how.batch_size, characters, cursor):
             part = Report()
             part.read = len(batch)
             sources = {(row.source, row.line): row.value for row in batch}
@@ -108,7 +172,9 @@ class TokenStream(Stream):
             for index, tokens in found:
                 place_of_row = (examples[index]["source"], examples[index]["line"])
                 kept = sources[place_of_row] if self.how.keep_columns else {}
-                yield {**kept, **(for_own_collator(tokens, reader) if self.how.own_collator else tokens)}
+                waiting.append({**kept, **(for_own_collator(tokens, reader) if self.how.own_collator else tokens)})
+            while waiting:
+                yield waiting.pop(0)
 
     def _ready(self, rows: Iterator[Row]) -> Iterator[dict[str, Any]]:
         """Rows with `input_ids`: as they are, but for labels; under packing, fitted into a row."""
@@ -180,16 +246,23 @@ def splits_itself(source: Any) -> bool:
     return any("get_worker_info" in code.co_names for code in codes)
 
 
-def growing_batches(rows: Iterator[Row], most: int | None, characters: int) -> Iterator[list[Row]]:
-    """Batches of 8, 16, 32, ... rows up to `most`, each ended early at so many characters; `None` or 0: no limit."""
-    size, batch, num_characters = FIRST_ROWS, [], 0
+def growing_batches(
+    rows: Iterator[Row], most: int | None, characters: int, cursor: Cursor | None = None
+) -> Iterator[list[Row]]:
+    """Batches of 8, 16, 32, ... rows up to `most`, each ended early at so many characters; `None` or 0: no limit.
+
+    `cursor` keeps the size of the next.
+    """
+    cursor = {} if cursor is None else cursor
+    size, batch, num_characters = cursor.setdefault("size", FIRST_ROWS), [], 0
     limit = most if most and most > 0 else 1 << 62
     for row in rows:
         batch.append(row)
         num_characters += count_characters(row.value)
         if len(batch) >= min(size, limit) or num_characters >= characters:
-            yield batch
-            size, batch, num_characters = 2 * size, [], 0
+            full, batch, num_characters = batch, [], 0
+            size = cursor["size"] = 2 * size
+            yield full
     if batch:
         yield batch
 
@@ -212,12 +285,22 @@ class MixedStream(Stream):
         super().__init__()
         self.parts, self.shares, self.seed, self.stop = parts, shares, seed, stop
 
-    def one_pass(self, epoch: int) -> Iterator[dict[str, Any]]:
+    @property
+    def can_be_taken_up(self) -> bool:
+        """Where all parts can."""
+        return all(part.can_be_taken_up for part in self.parts)
+
+    def identity(self) -> dict[str, Any]:
+        """What the parts are."""
+        return {"parts": [part.identity() for part in self.parts]}
+
+    def one_pass(self, epoch: int, cursor: Cursor) -> Iterator[dict[str, Any]]:
         """Rows of the parts until the first, or the last of them ends; parts that ended begin again until then."""
         passes = [partial(part.one_pass, epoch) for part in self.parts]
         names = [part.name for part in self.parts]
         # a worker's share may be empty
-        yield from mix_streams(passes, self.shares, self.seed, epoch, stop=self.stop, names=names, skip_empty=True)
+        how = {"stop": self.stop, "names": names, "skip_empty": True, "cursor": cursor}
+        yield from mix_streams(passes, self.shares, self.seed, epoch, **how)
 
 
 class PackedStream(Stream):
@@ -231,19 +314,39 @@ class PackedStream(Stream):
         super().__init__()
         self.source, self.how = source, how
 
-    def one_pass(self, epoch: int) -> Iterator[dict[str, Any]]:
+    @property
+    def can_be_taken_up(self) -> bool:
+        """Where its source can."""
+        return self.source.can_be_taken_up
+
+    def identity(self) -> dict[str, Any]:
+        """What is packed."""
+        return self.source.identity()
+
+    def one_pass(self, epoch: int, cursor: Cursor) -> Iterator[dict[str, Any]]:
         """The packed rows; every document is in one of them (or, if it was too long, its pieces are)."""
-        size, number, held, num_tokens = min(FIRST_SEQUENCES, self.how.num_of_sequences), 0, [], 0
-        for document in self.source.one_pass(epoch):
+        cursor.setdefault("size", min(FIRST_SEQUENCES, self.how.num_of_sequences))
+        cursor.setdefault("number", 0)
+        held, waiting = cursor.setdefault("held", []), cursor.setdefault("waiting", [])
+        while waiting:
+            yield waiting.pop(0)
+        num_tokens = sum(len(document["input_ids"]) for document in held)
+        for document in self.source.one_pass(epoch, cursor.setdefault("source", {})):
             held += documents_of(document) if "seq_lengths" in document else [document]
             num_tokens += len(document["input_ids"])
-            if num_tokens >= size * self.how.max_length:
-                rows, held = self._packed(held, is_last=False)
-                yield from self._drawn(rows, epoch, number)
-                size, number = min(2 * size, self.how.num_of_sequences), number + 1
+            if num_tokens >= cursor["size"] * self.how.max_length:
+                rows, held[:] = self._packed(held, is_last=False)
+                waiting += self._drawn(rows, epoch, cursor["number"])
+                cursor["size"] = min(2 * cursor["size"], self.how.num_of_sequences)
+                cursor["number"] += 1
                 num_tokens = sum(len(document["input_ids"]) for document in held)
+                while waiting:
+                    yield waiting.pop(0)
         if held:
-            yield from self._drawn(self._packed(held, is_last=True)[0], epoch, number)
+            waiting += self._drawn(self._packed(held, is_last=True)[0], epoch, cursor["number"])
+            held.clear()
+            while waiting:
+                yield waiting.pop(0)
 
     def _packed(self, documents: list[Tokens], is_last: bool) -> tuple[list[dict[str, Any]], list[Tokens]]:
         """Packed rows, and the documents that wait for the next buffer; of exact blocks only the stream has a tail."""
