@@ -1,5 +1,6 @@
 # make quickstart   from a clean clone to a tuned model: needs Python 3.11 or newer and nothing else
 # make test         run the test suite
+# make faults       kill it everywhere, starve it, feed it rubbish; a table of what was lost (some 15 minutes)
 # make lint         check style
 # make docs         write docs/api.md from the source
 # make clean        remove .venv and caches; what was trained stays
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test lint docs clean
+.PHONY: help quickstart test faults lint docs clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -22,6 +23,9 @@ quickstart: $(VENV)/.run-ready
 test: $(VENV)/.dev-ready
 	@model="$$($(BIN)/python scripts/get_quickstart_model.py)" || echo "no base model: the tests marked 'real' are skipped"; \
 	TUNESMITH_TEST_MODEL="$$model" $(BIN)/python -m pytest $(ARGS)
+
+faults: $(VENV)/.dev-ready
+	$(BIN)/python scripts/faults.py
 
 lint: $(VENV)/.dev-ready
 	$(BIN)/ruff format --check .

@@ -58,3 +58,9 @@ def workplace(tiny_model, byte_tokenizer, tmp_path, monkeypatch):
     write_recipe(tmp_path / "recipe.yaml")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def pytest_addoption(parser):
+    """How much of `tests/faults` is run: a part, or with `make faults` all of it."""
+    parser.addoption("--all-faults", action="store_true", help="kill at every write of a save, not at each seventh")
+    parser.addoption("--kills", type=int, default=0, help="kills at random moments")

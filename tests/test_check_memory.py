@@ -86,3 +86,16 @@ def test_a_run_tells_its_utilization(workplace):
     assert figures["train_mfu"] == pytest.approx(
         figures["train_flops_per_second"] / figures["peak_flops_per_second"], abs=1e-4
     )
+
+
+# reliability: 21
+def test_check_tells_whether_two_checkpoints_fit_on_the_disk(workplace, monkeypatch):
+    said = call("check", "recipe.yaml")
+    assert re.search(r"\ndisk: a checkpoint takes about \S+ [GM]B, and \S+ GB are free\n", said)
+    assert "do not fit" not in said
+    found = memory_told()
+    assert found["checkpoint"] == found["gradients"] + found["optimizer"]
+    monkeypatch.setattr("tunesmith.steps.memory.free_disk", lambda folder: found["checkpoint"] * 1.5)
+    assert "disk: 2 checkpoints do not fit, the last and the one being written. Make room" in call(
+        "check", "recipe.yaml"
+    )

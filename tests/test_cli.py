@@ -62,6 +62,7 @@ def test_garbage_is_collected_again_once_all_is_imported():
     assert gc.get_freeze_count() == 0
 
 
+# reliability: 69
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"]])
 def test_help_and_version_are_fast_and_import_nothing_heavy(words):
     heavy = {"torch", "transformers", "datasets", "numpy", "rich"}

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from tunesmith.checkpoints import seal
 from tunesmith.errors import CheckpointError, ConfigError
 from tunesmith.resume import begin
 from tunesmith.runs import Run
@@ -15,6 +16,7 @@ def a_run(folder, state, steps=()):
     for step in steps:
         (folder / f"checkpoint-{step}").mkdir()
         (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        seal(folder / f"checkpoint-{step}", step=step)
     return folder
 
 
@@ -28,7 +30,9 @@ def test_a_run_that_was_cut_short_goes_on_from_its_highest_step(tmp_path, state)
     folder = a_run(tmp_path / "run", state, steps=(9, 10, 2))
     os.utime(folder / "checkpoint-2", (2e9, 2e9))
     (folder / "checkpoint-11").mkdir()  # killed before its state was written
-    assert start(folder).checkpoint == folder / "checkpoint-10"
+    found = start(folder)
+    assert found.checkpoint == folder / "checkpoint-10"
+    assert found.skipped[0].startswith("checkpoint-11 is skipped: no manifest.json")
 
 
 # workflow: V11
@@ -48,7 +52,7 @@ def test_a_run_that_failed_before_it_trained_begins_anew(tmp_path, state):
     folder = a_run(tmp_path / "run", state)
     for name in ("recipe.yaml", "events.jsonl", "data_report.json"):
         (folder / name).write_text("")
-    assert start(folder) == (folder, None)
+    assert start(folder) == (folder, None, ())
     assert not list(folder.iterdir())
 
 
@@ -84,7 +88,7 @@ def test_a_checkpoint_that_was_asked_for_must_be_there(tmp_path):
 
 def test_a_checkpoint_of_another_run_begins_in_a_new_folder(tmp_path):
     checkpoint = a_run(tmp_path / "run", "completed", steps=(3,)) / "checkpoint-3"
-    assert start(tmp_path / "again", resume=str(checkpoint)) == (tmp_path / "again", checkpoint)
+    assert start(tmp_path / "again", resume=str(checkpoint)) == (tmp_path / "again", checkpoint, ())
 
 
 def test_a_run_that_another_process_writes_is_left_alone(tmp_path):

@@ -30,6 +30,7 @@ def test_a_new_folder_is_created_with_its_parents_and_left_empty(tmp_path):
     assert files(prepare_output_dir(tmp_path / "a" / "b", overwrite=False)) == []
 
 
+# reliability: 22
 def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ConfigError, match=r"out is a file\. Name a folder"):

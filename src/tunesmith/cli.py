@@ -24,6 +24,7 @@ from tunesmith import __version__
 from tunesmith.errors import TunesmithError
 from tunesmith.ranks import is_first_process
 from tunesmith.runs import PREDICTIONS_FILE, STATUS_FILE, to_json
+from tunesmith.signals import Terminated
 
 app = typer.Typer(
     name="tunesmith",
@@ -103,6 +104,9 @@ def errors_reported(show_traceback: bool) -> Iterator[Door]:
         logging.getLogger(name).setLevel(logging.ERROR)  # hints of theirs, some of which come on import
     try:
         yield door
+    except Terminated as stop:
+        typer.echo(f"Interrupted by {stop}.", err=True)
+        raise typer.Exit(int(stop.code or 0)) from None
     except (typer.Exit, typer.Abort, SystemExit):
         raise
     except BaseException as error:
@@ -366,6 +370,27 @@ def env(as_json: AsJson = False, show_traceback: Traceback = False) -> None:
         width = max((len(str(name)) for name in facts), default=0)
         for name, value in facts.items():
             typer.echo(f"{name:<{width}}  {value}")
+
+
+@app.command()
+def selfcheck(
+    cpu: Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone")] = False,
+    as_json: AsJson = False,
+    show_traceback: Traceback = False,
+) -> None:
+    """Prove the promises on this machine: packed = unpacked, resumed = uninterrupted, ...; a minute, offline."""
+    with errors_reported(show_traceback):
+        quiet_libraries()
+        from tunesmith.selfcheck import run_checks, show_checks
+
+        keep_what_is_imported()
+        found = run_checks(use_cpu=cpu)
+        if as_json:
+            typer.echo(to_json({"checks": found}, indent=2))
+        else:
+            show_checks(found)
+    if not all(check.passed for check in found):
+        raise typer.Exit(1)
 
 
 def plain_warning(message: Warning | str, category: type[Warning], *place: Any, **kwargs: Any) -> str:

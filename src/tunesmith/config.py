@@ -299,6 +299,18 @@ class TrainingFields:
     """Learning rate of LoRA's B matrices as a multiple of A's (LoRA+, arXiv:2402.12354; 16 is usual)."""
     activation_offloading: bool = False
     """Keep activations for the backward pass in host memory. Needs a GPU."""
+    resume_allow: list[str] = field(default_factory=list)
+    """What may differ from the run that wrote the checkpoint to go on from: `learning_rate`, `schedule`, `length`,
+    `optimizer`, `batch`, `loss`, `precision`, `processes`, `versions`. Anything else that differs is an error."""
+    on_save_failure: Literal["stop", "continue"] = "stop"
+    """What happens where a checkpoint cannot be written, as on a full disk. Earlier ones stay either way."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What happens where a loss or gradient is not a number: `stop` before the update, or `skip` the step."""
+    max_skipped_steps: Annotated[int, Ge(0)] = 3
+    """Steps of a run that `on_nonfinite: skip` may leave out before it stops."""
+    hang_timeout: Annotated[float, Ge(0)] = 3600.0
+    """Seconds without a finished micro-batch after which the process ends, with the stack of every thread on file.
+    0: it may take for ever."""
     logging_steps: float = 1
     """Steps between two log lines; below 1, a share of the run."""
     logging_nan_inf_filter: bool = False

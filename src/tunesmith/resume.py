@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunesmith.errors import CheckpointError
-from tunesmith.runs import as_saved, checkpoints, prepare_output_dir, read_recipe, read_status, refuse_if_going
+from tunesmith.checkpoints import STATE_FILE, Last, checkpoints, named_checkpoint, newest_checkpoint
+from tunesmith.runs import as_saved, prepare_output_dir, read_recipe, read_status, refuse_if_going
 
 LAST = ("true", "last", "auto")  # words of resume_from_checkpoint for the newest one in output_dir
 NONE = ("none", "false")
@@ -18,34 +18,32 @@ class Beginning(NamedTuple):
 
     folder: Path
     checkpoint: Path | None = None
+    skipped: tuple[str, ...] = ()
+    """A line for each newer checkpoint that cannot be used."""
 
 
 def begin(output_dir: str | Path, *, overwrite: bool, resume_from_checkpoint: str | bool | None) -> Beginning:
     """Decide where a run begins; nothing is deleted unless `overwrite` says so.
 
     Without `resume_from_checkpoint` a run that was cut short goes on from its newest checkpoint: a killed job may be
-    started again with the same words. `false` begins anew, `true` and `last` want a checkpoint to be there.
+    started again with the same words. `false` begins anew, `true` and `last` want a checkpoint to be there. A damaged
+    checkpoint is skipped, and the one before it is taken.
 
-    Raises: CheckpointError where a checkpoint was asked for and there is none; ConfigError for a folder that is in
-        the way: not empty and no run, a run that is finished, one that has no checkpoint, or one that is still going.
+    Raises: CheckpointError where a checkpoint was asked for and there is none, or all are damaged; ConfigError for a
+        folder that is in the way: not empty and no run, a run that is finished, one that has no checkpoint, or one
+        that is still going.
     """
     folder = Path(output_dir).expanduser()
-    asked = str(resume_from_checkpoint).lower()
-    if asked in LAST:
-        checkpoint = last_checkpoint(folder)
-        if checkpoint is None:
-            raise CheckpointError(
-                f"resume_from_checkpoint: {folder} holds no checkpoint to go on from. Leave the option out to begin "
-                "anew, or name a folder like runs/mine/checkpoint-100."
-            )
-    elif asked in NONE:
-        checkpoint = last_checkpoint(folder) if asked == "none" and not overwrite and was_cut_short(folder) else None
-    else:
-        checkpoint = named_checkpoint(str(resume_from_checkpoint))
-    if checkpoint is not None and folder.resolve() in checkpoint.resolve().parents:
+    asked, found = str(resume_from_checkpoint).lower(), Last(None, [])
+    goes_on = asked == "none" and not overwrite and was_cut_short(folder) and checkpoints(folder)
+    if asked in LAST or goes_on:
+        found = newest_checkpoint(folder)
+    elif asked not in NONE:
+        found = Last(named_checkpoint(Path(str(resume_from_checkpoint))), [])
+    if found.path is not None and folder.resolve() in found.path.resolve().parents:
         refuse_if_going(folder)
-        return Beginning(folder, checkpoint)
-    return Beginning(prepare_output_dir(folder, overwrite), checkpoint)
+        return Beginning(folder, found.path, tuple(found.skipped))
+    return Beginning(prepare_output_dir(folder, overwrite), found.path)
 
 
 def repeatable(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,7 +55,7 @@ def repeatable(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_complete(found: Beginning, options: Mapping[str, Any]) -> bool:
     """Whether the run in the folder has done all that `options` ask for, so that nothing is left to go on with."""
-    folder, checkpoint = found
+    folder, checkpoint = found.folder, found.checkpoint
     if checkpoint is None or folder.resolve() not in checkpoint.resolve().parents:
         return False
     status, saved = read_status(folder) or {}, read_recipe(folder) or {}
@@ -70,7 +68,7 @@ def is_complete(found: Beginning, options: Mapping[str, Any]) -> bool:
 def is_last(checkpoint: Path) -> bool:
     """Whether a checkpoint was saved after the last step of its run."""
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_bytes())
+        state = json.loads((checkpoint / STATE_FILE).read_bytes())
         return state["global_step"] >= state["max_steps"] > 0
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -80,24 +78,3 @@ def was_cut_short(folder: Path) -> bool:
     """Whether the folder holds a run that neither finished nor goes on."""
     state = (read_status(folder) or {}).get("state")
     return state is not None and state != "completed"
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step that was written whole."""
-    return next((path for path in reversed(checkpoints(folder).values()) if is_whole(path)), None)
-
-
-def named_checkpoint(name: str) -> Path:
-    """The checkpoint folder that a person named."""
-    path = Path(name).expanduser()
-    if not is_whole(path):
-        raise CheckpointError(
-            f"resume_from_checkpoint: {name} holds no trainer_state.json, so it is no checkpoint. "
-            "Name a folder like runs/mine/checkpoint-100, or say true for the last one in output_dir."
-        )
-    return path
-
-
-def is_whole(path: Path) -> bool:
-    """Whether the trainer finished writing: its state is written last."""
-    return (path / "trainer_state.json").is_file()

@@ -28,7 +28,9 @@ from typing import Any, Literal
 
 import yaml
 
+from tunesmith.checkpoints import checkpoints
 from tunesmith.errors import ConfigError
+from tunesmith.lock import LOCK_FILE
 
 State = Literal["preparing", "running", "completed", "failed", "interrupted"]
 
@@ -47,7 +49,6 @@ BEFORE_TRAINING = {
     *(STATUS_FILE, EVENTS_FILE, RECIPE_FILE, "crash.txt", DATA_REPORT_FILE, "training_args.json"),
     "finetuning_args.json",
 }
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 RECIPE_HEADER = "# Written by tunesmith: every option of this run as it was resolved.\n"
 
 
@@ -69,7 +70,7 @@ def prepare_output_dir(path: str | Path, overwrite: bool) -> Path:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output_dir: {path} is a file. Name a folder with --output_dir.")
     try:
-        found = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        found = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK_FILE) if path.is_dir() else []
         if found:
             _refuse_to_replace(path, found, overwrite)
         _make_writable_folder(path)
@@ -170,6 +171,8 @@ def _make_writable_folder(path: Path) -> None:
 def _empty(path: Path) -> None:
     """Delete what is in the folder, what marks it as a run last: a deletion cut short can be repeated."""
     for entry in sorted(path.iterdir(), key=lambda entry: entry.name in (STATUS_FILE, RECIPE_FILE)):
+        if entry.name == LOCK_FILE:
+            continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
@@ -359,13 +362,6 @@ def read_status(path: str | Path) -> dict[str, Any] | None:
     if status and status.get("state") in ("preparing", "running") and _process_exists(status) is False:
         return status | {"state": "failed", "reason": f"process {status.get('pid')} is gone; it was killed or crashed"}
     return status
-
-
-def checkpoints(path: str | Path) -> dict[int, Path]:
-    """Step → checkpoint folder of a run, by step; dates play no part."""
-    path = Path(path)
-    found = path.iterdir() if path.is_dir() else ()
-    return dict(sorted((int(match[1]), entry) for entry in found if (match := CHECKPOINT.fullmatch(entry.name))))
 
 
 def read_recipe(path: str | Path) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from tunesmith.deliver.summary import show_answers, show_reports, show_results
 from tunesmith.deliver.web.serve import serve as serve_model
 from tunesmith.errors import ConfigError
 from tunesmith.evaluate.predict import comparisons, prefixed
+from tunesmith.lock import locked
 from tunesmith.model.capabilities import bf16_is_faster
 from tunesmith.model.compiled import compiler
 from tunesmith.model.saved import save_arguments
@@ -36,6 +37,7 @@ from tunesmith.runs import (
     shared_output_dir,
     to_json,
 )
+from tunesmith.signals import Terminated, heeded
 from tunesmith.steps.answers import answered, check_prompts, written_metric
 from tunesmith.steps.data import Prepared, after_stream, check_data, prepare_data, report_json, show_data
 from tunesmith.steps.figures import training_figures
@@ -79,30 +81,54 @@ def run(recipe: Any = None, **overrides: Any) -> dict[str, float]:
 def train(recipe: Recipe) -> dict[str, float]:
     """Train, evaluate, predict: the phases that the recipe names; `output_dir` holds everything afterwards."""
     console = own_console(recipe)
-    todo = phases(recipe)
-    folder, checkpoint, complete = open_run(recipe)
-    if complete:
-        console.out(f"{folder.path} is complete: {checkpoint.name} is after its last step. Nothing was done.")
-        return folder.results()
-    with recorded(folder):
-        if todo.train:
-            folder.save_recipe(repeatable(saved_options(recipe)))
-        going_on = [f"resume: going on from {checkpoint}"] if checkpoint is not None else []
-        tell([*recipe.notes, *going_on], folder, console)
-        tokenizer = tokenizer_of(recipe, lambda line: tell([line], folder, console))
-        data = prepare_data(recipe, tokenizer)
-        folder.save_json(DATA_REPORT_FILE, report_json(data))
-        check_data(recipe, data)
-        show_data(data, tokenizer, console)
-        metric = written_metric(recipe, data)
-        trainer = build_trainer(recipe, tokenizer, data, metric, folder, console)
-        if todo.train:
-            run_training(recipe, trainer, data, metric, folder, checkpoint, console)
-        if todo.evaluate and data.evaluation:
-            folder.save_results("eval", trainer.evaluate())
-        if todo.predict:
-            folder.save_results("predict", run_prediction(recipe, trainer, data, metric, folder, console))
-        return finish(recipe, data, folder, console)
+    with heeded(is_own_process=is_command()), only_writer(recipe):
+        folder, found, complete = open_run(recipe)
+        checkpoint = found.checkpoint
+        if complete:
+            console.out(f"{folder.path} is complete: {checkpoint.name} is after its last step. Nothing was done.")
+            return folder.results()
+        with recorded(folder):
+            return run_phases(recipe, folder, found, console)
+
+
+def run_phases(recipe: Recipe, folder: Run, found: Beginning, console: Console) -> dict[str, float]:
+    """The phases of a recipe, in a folder that is this process's alone."""
+    todo, checkpoint = phases(recipe), found.checkpoint
+    if todo.train and checkpoint is None:
+        folder.save_recipe(repeatable(saved_options(recipe)))
+    going_on = [f"resume: going on from {checkpoint}"] if checkpoint is not None else []
+    tell([*recipe.notes, *found.skipped, *going_on], folder, console)
+    tokenizer = tokenizer_of(recipe, lambda line: tell([line], folder, console))
+    data = prepare_data(recipe, tokenizer)
+    folder.save_json(DATA_REPORT_FILE, report_json(data))
+    check_data(recipe, data)
+    show_data(data, tokenizer, console)
+    metric = written_metric(recipe, data)
+    trainer = build_trainer(recipe, tokenizer, data, metric, folder, console, checkpoint)
+    if todo.train:
+        if checkpoint is not None:
+            tell(trainer.compare_terms(checkpoint), folder, console)
+            folder.save_recipe(repeatable(saved_options(recipe)))  # once it is sure that the run is this recipe's
+        run_training(recipe, trainer, data, metric, folder, checkpoint, console)
+    if todo.evaluate and data.evaluation:
+        folder.save_results("eval", trainer.evaluate())
+    if todo.predict:
+        folder.save_results("predict", run_prediction(recipe, trainer, data, metric, folder, console))
+    return finish(recipe, data, folder, console)
+
+
+def is_command() -> bool:
+    """Whether the command line runs this, and not a program or notebook of a person's own."""
+    return Path(sys.argv[0]).stem in ("tunesmith", "__main__")
+
+
+@contextlib.contextmanager
+def only_writer(recipe: Recipe) -> Iterator[None]:
+    """Nobody else writes the run directory inside. Raises: ConfigError where somebody does already."""
+    output_dir = recipe.training.get("output_dir") or TrainingFields.output_dir
+    alone = locked(output_dir) if phases(recipe).train and is_first_process() else contextlib.nullcontext()
+    with alone:
+        yield
 
 
 def own_console(recipe: Recipe, as_json: bool = False) -> Console:
@@ -111,19 +137,20 @@ def own_console(recipe: Recipe, as_json: bool = False) -> Console:
     return Console(quiet=not is_first_process(), stderr=as_json)
 
 
-def open_run(recipe: Recipe) -> tuple[Run, Path | None, bool]:
-    """The run directory, the checkpoint that training goes on from, and whether all has been done already.
+def open_run(recipe: Recipe) -> tuple[Run, Beginning, bool]:
+    """The run directory, where training goes on from, and whether all has been done already.
 
     Evaluation and prediction alone put their files beside what the folder holds.
     """
     output_dir = recipe.training.get("output_dir") or TrainingFields.output_dir
     if not phases(recipe).train:
-        return Run(shared_output_dir(output_dir), writes=is_first_process()), None, False
+        folder = shared_output_dir(output_dir)
+        return Run(folder, writes=is_first_process()), Beginning(folder), False
     found, complete = first_decides(lambda: beginning(recipe, output_dir))
     folder = Run(found.folder, writes=is_first_process())
     if found.checkpoint is None:
         folder.forget_results()
-    return folder, found.checkpoint, complete
+    return folder, found, complete
 
 
 def beginning(recipe: Recipe, output_dir: str) -> tuple[Beginning, bool]:
@@ -212,8 +239,8 @@ def recorded(folder: Run) -> Iterator[None]:
     folder.write_status("preparing")
     try:
         yield
-    except KeyboardInterrupt:
-        folder.write_status("interrupted", "Ctrl-C")
+    except (KeyboardInterrupt, Terminated) as stop:
+        folder.write_status("interrupted", "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else str(stop))
         raise
     except BaseException as error:
         folder.write_status("failed", f"{type(error).__name__}: {error}")
@@ -227,6 +254,13 @@ def tell(lines: Sequence[str], folder: Run | None, console: Console) -> None:
         if folder is not None:
             folder.event("choice", line)
         console.out(line, highlight=False)
+
+
+def tell_of_hang(folder: Run, sentence: str) -> None:
+    """Say why the process is about to end itself; called by a thread of its own."""
+    folder.event("error", sentence)
+    folder.write_status("failed", sentence)
+    Console(stderr=True).out(sentence, highlight=False)
 
 
 def tell_choices(trainer: Any, folder: Run, console: Console) -> None:
@@ -246,11 +280,17 @@ def tell_choices(trainer: Any, folder: Run, console: Console) -> None:
 
 
 def build_trainer(
-    recipe: Recipe, tokenizer: Any, data: Prepared, metric: Any, folder: Run, console: Console
+    recipe: Recipe,
+    tokenizer: Any,
+    data: Prepared,
+    metric: Any,
+    folder: Run,
+    console: Console,
+    checkpoint: Path | None = None,
 ) -> SFTTrainer | RewardTrainer:
     """The stage's trainer around the model, with the run directory and the progress display listening."""
     stage, said = STAGES[recipe.run.stage], []
-    args = trainer_arguments(recipe, folder)
+    args = trainer_arguments(recipe, folder, checkpoint)
     model = trainable_model(recipe, tokenizer, said.append) if phases(recipe).train else None
     if model is None:
         model = usable_model(recipe, tokenizer, said.append)
@@ -259,6 +299,8 @@ def build_trainer(
     trainer = stage.trainer(
         model, args, train_dataset=data.train, eval_dataset=data.evaluation_sets, processing_class=tokenizer
     )
+    trainer.verified = checkpoint
+    trainer.tell_of_hang = lambda sentence: tell_of_hang(folder, sentence)
     folder.save_json("training_args.json", trainer.args.to_dict())
     add_notes(trainer, data, folder, said)
     tell(said, folder, console)

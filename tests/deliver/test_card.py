@@ -73,6 +73,7 @@ def test_a_base_model_is_named_by_its_hub_id(write, name, shown):
 
 
 # trainer: A13
+# reliability: 64
 def test_a_base_model_in_a_folder_is_not_named(write, tmp_path):
     (tmp_path / "base").mkdir()
     model = tiny.make_tiny_model()
@@ -108,6 +109,7 @@ def test_the_quick_start_is_python_and_names_the_model(write, adapted, family):
     assert ('"role": "user"' in code) == bool(family)
 
 
+# reliability: 64
 def test_rows_tokens_options_and_figures_are_shown(write, args):
     history = [
         {"loss": 3.0, "step": 1},
@@ -133,6 +135,7 @@ def test_a_zero_is_shown_and_what_was_not_counted_is_not(write, tmp_path):
     assert "\n| eval |" not in text
 
 
+# reliability: 64
 def test_versions_are_listed(write):
     import transformers
 
@@ -160,6 +163,7 @@ def test_the_same_facts_make_the_same_card(write, args):
     assert write(lora(tiny.make_tiny_model()), args=args) == first
 
 
+# reliability: 65
 def test_names_cannot_break_out_of_their_line(write):
     data, text = write(model_name="a\n---\n# evil: yes", tags=["x: y\n- z"])
     assert data["model_name"] == "a --- # evil: yes"

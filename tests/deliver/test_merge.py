@@ -58,6 +58,7 @@ def logits(model):
 
 
 # workflow: W7
+# reliability: 61
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
     "options",
@@ -97,6 +98,7 @@ def test_a_merged_folder_is_a_whole_model_without_pickles(tmp_path, tiny_model, 
 
 
 # workflow: W7
+# reliability: 62
 def test_the_adapters_own_tokenizer_and_template_are_taken(tmp_path, tiny_model, byte_tokenizer, quiet):
     base = make_base(tmp_path / "base", tiny_model, byte_tokenizer)
     adapter = make_adapter(tmp_path / "adapter", base)

@@ -257,6 +257,7 @@ def test_a_body_that_is_no_json_object_is_refused(client, body, kind, status, me
     assert message in response.json()["error"]["message"]
 
 
+# reliability: 66
 def test_a_huge_body_is_refused_whether_or_not_it_tells_its_size(client):
     headers = {"content-type": "application/json"}
     parts = (b" " * 65536 for _ in range(BODY_LIMIT // 65536 + 1))
@@ -265,6 +266,7 @@ def test_a_huge_body_is_refused_whether_or_not_it_tells_its_size(client):
         assert (response.status_code, response.json()["error"]["type"]) == (413, "invalid_request_error")
 
 
+# reliability: 66
 @pytest.mark.parametrize("path", ["/..%2f..%2fetc/passwd", "/../serve.py", "/pages/chat.html", "/%2e%2e/"])
 def test_no_file_is_served_by_its_path(client, path):
     assert client.get(path).status_code == 404
@@ -285,6 +287,7 @@ def test_a_failure_of_the_model_tells_the_client_nothing_of_the_inside(client, m
 # ---------------------------------------------------------------------------------------------------- who may ask
 
 
+# reliability: 66
 def test_the_default_is_this_machine_only_and_needs_no_token(monkeypatch):
     monkeypatch.delenv(access.TOKEN_VARIABLE, raising=False)
     assert serving.serve.__kwdefaults__["host"] == "127.0.0.1"
@@ -304,6 +307,7 @@ def test_on_another_host_the_token_is_printed_once(tiny_model, byte_tokenizer, m
     assert console.file.getvalue().count(seen[0]) == 1
 
 
+# reliability: 66
 def test_without_the_token_nothing_but_health_answers(writer):
     with TestClient(create_api(writer, name="tiny", token="a-token"), base_url="http://gpu-box:8000") as client:
         assert client.get("/health").status_code == 200
@@ -324,6 +328,7 @@ def test_the_printed_address_puts_the_token_into_a_cookie(writer):
         assert client.get("/v1/models").status_code == 200
 
 
+# reliability: 66
 @pytest.mark.parametrize(
     "origin", ["http://evil.example", "null", "http://127.0.0.1:9999", "http://127.0.0.1:8000.evil"]
 )
@@ -359,6 +364,7 @@ def test_every_answer_carries_the_security_headers(client):
 # ---------------------------------------------------------------------------------------------------- many at once
 
 
+# reliability: 66
 def test_parallel_requests_do_not_mix(writer):
     questions = [f"question number {number}" for number in range(6)]
     app = create_api(writer, name="tiny")
@@ -403,6 +409,7 @@ def endless(monkeypatch):
     return ended
 
 
+# reliability: 66
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_stops_its_answer(writer, monkeypatch, stream):
     ended = endless(monkeypatch)
@@ -484,6 +491,7 @@ def test_a_token_that_no_header_can_carry_is_refused():
 
 
 # workflow: W8
+# reliability: 65
 def test_the_pages_need_no_network_and_put_text_in_as_text(client):
     assert "<textarea" in client.get("/").text
     files = sorted(path.name for path in PAGES.iterdir())

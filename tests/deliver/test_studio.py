@@ -103,6 +103,7 @@ def test_a_runs_page_has_its_curve_answers_data_recipe_card_and_events(client, f
     assert curve["eval_chats_loss"] == [[20, 1.5]]
 
 
+# reliability: 65
 def test_rows_of_the_data_come_as_json_with_their_invisible_characters_shown(client, folder):
     make_run(folder / "mine")
     response = client.get("/api/runs/mine")
@@ -154,6 +155,7 @@ def test_a_long_curve_keeps_its_shape_and_its_last_point():
 # ---------------------------------------------------------------------------------------------------- what is not
 
 
+# reliability: 66
 @pytest.mark.parametrize(
     "path",
     ["/runs/..%2f..", "/api/runs/..%2f..", "/api/runs/%2e%2e", "/api/runs/..", "/api/runs/mine%2f..%2f..%2fsecret",
@@ -333,6 +335,7 @@ def test_a_start_that_fails_before_its_run_says_why_and_leaves_an_earlier_run_as
 
 
 # workflow: W8
+# reliability: 68
 def test_training_goes_on_without_the_server_and_a_new_one_finds_it(folder, stub):
     Path("recipe.yaml").write_text(RECIPE)
     code = (

@@ -111,7 +111,8 @@ def test_a_resolved_recipe_of_every_adapter_is_no_contradiction(recipe_file, ada
 
 
 def test_a_resolved_recipe_holds_every_own_option_but_no_secret_and_no_trust():
-    values = resolved(load_recipe(NEEDED, {"hub_token": "hf_secret", "trust_remote_code": True, "seed": 3}))
+    trusting = {"trust_remote_code": True, "model_revision": "a" * 40}
+    values = resolved(load_recipe(NEEDED, {"hub_token": "hf_secret", **trusting, "seed": 3}))
     own = [name for name, *_ in options_help(CONFIGS)]
     assert [name for name in own if name not in values] == ["trust_remote_code", "hf_token"]
     assert values["seed"] == 3

@@ -14,6 +14,7 @@ from tunesmith.recipe.rules import CONTRADICTIONS, TRAINING, zero_stage
 ZERO3 = {"zero_optimization": {"stage": 3}}
 PREDICT = {"do_predict": True, "predict_with_generate": True}
 BROKEN = [
+    ({"trust_remote_code": True}, "trust_remote_code runs code that whoever owns m may change"),
     ({"do_train": False}, "nothing is to be done"),
     (
         {"stage": "pt", "predict_with_generate": True, "val_size": 1},

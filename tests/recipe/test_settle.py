@@ -61,5 +61,5 @@ def test_a_recipe_file_does_not_allow_foreign_code(recipe_file):
         recipe = load_recipe(name, task=task)
         assert recipe.model.trust_remote_code is False
         assert recipe.notes[0].startswith("recipe.yaml:3: trust_remote_code: a recipe may not allow a model's code")
-    trusted = load_recipe(name, flags=["--trust_remote_code"])
+    trusted = load_recipe(name, flags=["--trust_remote_code", "--model_revision", "c0ffee" * 6 + "0000"])
     assert (trusted.model.trust_remote_code, trusted.notes) == (True, [])

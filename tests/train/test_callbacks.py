@@ -6,7 +6,7 @@ import re
 
 import pytest
 from rich.console import Console
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tunesmith.runs import Run, read_metrics, read_status
 from tunesmith.train.callbacks import (
@@ -15,6 +15,7 @@ from tunesmith.train.callbacks import (
     RunLogCallback,
     Work,
     clock_text,
+    make_unfailing,
     progress_line,
     use_progress,
 )
@@ -242,3 +243,31 @@ def test_a_real_trainer_writes_the_files_and_the_lines(tmp_path, tiny_model, cap
 
 def test_clock_text_reads_like_a_clock():
     assert [clock_text(seconds) for seconds in (-1, 5.4, 65, 3600)] == ["0:00", "0:05", "1:05", "1:00:00"]
+
+
+class FailingTracker(TrainerCallback):
+    """A tracker whose server is away."""
+
+    def on_log(self, args, state, control, **kwargs):
+        raise ConnectionError("no route to host")
+
+
+# reliability: 22
+def test_a_tracker_that_fails_is_told_once_and_kills_nothing(tmp_path, caplog):
+    tracker = FailingTracker()
+    make_unfailing(tracker)
+    for _ in range(3):
+        assert tracker.on_log(None, None, None) is None
+    assert tracker.on_train_begin(None, None, None) is None
+    assert caplog.messages == ["FailingTracker failed (ConnectionError: no route to host); training goes on"]
+
+
+# reliability: 22
+def test_a_log_that_cannot_be_written_is_told_once_and_kills_nothing(tmp_path, caplog):
+    callback = RunLogCallback(Run(tmp_path / "away"))
+    training = Training(callback, tmp_path)
+    training.call("on_train_begin")
+    for _ in range(3):
+        training.step(loss=1.0)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("the run's log cannot be written ([Errno 2] No such file or directory")

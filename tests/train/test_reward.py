@@ -266,7 +266,8 @@ def test_a_resumed_run_equals_one_that_was_never_cut_short(tmp_path, options):
 def test_a_checkpoint_without_a_value_head_is_no_checkpoint_of_stage_rm(tmp_path):
     options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "peft_config": LORA}
     make_reward_trainer(tmp_path, **options).train()
-    (tmp_path / "checkpoint-1" / "value_head.safetensors").unlink()
+    for name in ("value_head.safetensors", "manifest.json"):
+        (tmp_path / "checkpoint-1" / name).unlink()
     with pytest.raises(CheckpointError, match="checkpoint-1 holds no value head, so no stage rm wrote it"):
         make_reward_trainer(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 

@@ -1,6 +1,7 @@
 """Batches of examples → tables of token rows, in their order: by two threads, or by worker processes."""
 
 import os
+import signal
 import sys
 import types
 from collections import deque
@@ -147,6 +148,7 @@ _OF_WORKER: dict[str, Any] = {}  # filled in worker processes only
 
 def _start_worker(tokenizer: "PreTrainedTokenizerBase", how: Encoding) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the process that waits for them ends them
     _OF_WORKER.update(tokenizer=tokenizer, how=how)
 
 

@@ -76,6 +76,9 @@ def show_results(
         console.out(line, highlight=False)
 
 
+KEPT_CHECKPOINTS = 2
+
+
 def memory_lines(figures: Mapping[str, Any]) -> list[str]:
     """The estimated memory of a step as a small table, and what helps where this machine has less.
 
@@ -98,6 +101,13 @@ def memory_lines(figures: Mapping[str, Any]) -> list[str]:
     if usable is not None and total > usable:
         ways = [f"{name} ({size_text(size)})" for name, size in figures["helps"].items()]
         lines.append("memory: it does not fit. " + (f"Each of these helps: {', '.join(ways)}." if ways else ""))
+    checkpoint, free = figures["checkpoint"], figures["free_disk"]
+    lines.append(f"disk: a checkpoint takes about {size_text(checkpoint)}, and {size_text(free)} are free")
+    if free < KEPT_CHECKPOINTS * checkpoint:
+        lines.append(
+            f"disk: {KEPT_CHECKPOINTS} checkpoints do not fit, the last and the one being written. Make room, choose "
+            "another output_dir, or set adapter: lora."
+        )
     return lines
 
 

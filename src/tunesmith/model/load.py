@@ -28,6 +28,7 @@ from tunesmith.model.quantize import (
     with_quantization_config,
 )
 from tunesmith.model.rope import with_positions
+from tunesmith.model.template_trial import too_much
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None, **hub: Any) -> PreTrainedTokenizerBase:
@@ -38,16 +39,29 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None, **hub: Any) -> Pr
         gguf_file: file inside `name` that holds tokenizer and weights.
         hub: `revision`, `trust_remote_code`, `cache_dir`, `token`.
 
-    Raises: ModelError if there is none.
+    Raises: ModelError if there is none, or its chat template takes all memory or time there is.
     """
     check_folder(name, gguf_file)
     try:
-        return AutoTokenizer.from_pretrained(name, gguf_file=gguf_file, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file, **hub)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{name}: no tokenizer can be loaded from there ({first_line(error)}). A model folder needs its tokenizer "
             "files (tokenizer.json, tokenizer_config.json) beside config.json: copy them from the base model."
         ) from error
+    check_template(name, tokenizer)
+    return tokenizer
+
+
+def check_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError for a chat template that would exhaust this machine; a model may bring any."""
+    templates = getattr(tokenizer, "chat_template", None) or ()
+    for template in templates.values() if isinstance(templates, dict) else [templates] if templates else []:
+        if why := too_much(template):
+            raise ModelError(
+                f"{name}: its chat template is not used: {why}. Do not trust this model folder; its weights may do "
+                "with another tokenizer."
+            )
 
 
 def load_model(

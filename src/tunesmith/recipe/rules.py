@@ -1,6 +1,8 @@
 """What cannot hold together, what must be there, and what is worth a line: all checked, all in one report."""
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,6 +16,9 @@ from tunesmith.recipe.settle import FREEZE_KEYS, LORA_KEYS
 Task = Literal["train", "check", "eval", "predict", "chat"]
 Values = Mapping[str, Any]
 Where = Mapping[str, Given]
+
+
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class Rule(NamedTuple):
@@ -88,6 +93,17 @@ def is_missing_file(value: Any) -> bool:
 
 # Whatever the recipe is for: training, evaluation or prediction.
 CONTRADICTIONS = [
+    Rule(
+        ("trust_remote_code", "model_revision", "model_name_or_path"),
+        lambda v, given: (
+            v["trust_remote_code"]
+            and v["model_name_or_path"]
+            and not os.path.isdir(os.path.expanduser(v["model_name_or_path"]))
+            and not COMMIT.fullmatch(v["model_revision"])
+        ),
+        "trust_remote_code runs code that whoever owns {model_name_or_path} may change at any time. Read the code, "
+        "and name its commit: --model_revision and 40 hexadecimal digits.",
+    ),
     Rule(
         ("do_train", "do_eval", "do_predict"),
         lambda v, given: not any(asked_for(said(given), has_held_out(v))),

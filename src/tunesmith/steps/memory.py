@@ -1,6 +1,8 @@
 """The memory of a run before it starts: recipe and token rows → what a step takes, beside what this machine has."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -34,12 +36,24 @@ def memory_json(recipe: Recipe, rows: Any) -> dict[str, Any]:
             "trained_tokens": batch.trained,
             "products": products,
             "gradient_checkpointing": bool(args.gradient_checkpointing),
+            "checkpoint": round(
+                memory.gradients + memory.optimizer
+            ),  # trained weights, and what their optimizer keeps
+            "free_disk": free_disk(str(option(recipe, "output_dir") or ".")),
         }
         if memory.total > usable:
             figures["helps"] = helps(recipe, rows, memory)
     except Exception as error:  # a model's own code may do anything; training will say what is wrong
         return {"reason": f"{type(error).__name__}: {first_line(error)}"}
     return figures
+
+
+def free_disk(output_dir: str) -> int:
+    """Bytes that are free where the run will be written."""
+    folder = Path(output_dir).expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def told(recipe: Recipe, rows: Any) -> tuple[Any, Batch, str, Memory | None]:

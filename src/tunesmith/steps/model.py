@@ -1,6 +1,7 @@
 """The model of a run: recipe → tokenizer, and the model to train or to answer with."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -18,11 +19,21 @@ from tunesmith.train.processing import changed
 
 def tokenizer_of(recipe: Recipe, say: Callable[[str], None] | None = None) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer that the recipe's model brings, with the recipe's template."""
+    if recipe.model.trust_remote_code and say is not None:
+        say(f"trust_remote_code: {code_of(str(recipe.model.model_name_or_path))} will run")
     tokenizer = open_tokenizer(recipe.model, say=say)
     asked = {key: recipe.training[key] for key in ("eos_token", "pad_token") if recipe.training.get(key)}
     if recipe.training.get("chat_template"):  # which needs to know the tokens asked for, and may bring its own
         tokenizer = use_template(changed(tokenizer, asked), recipe.training["chat_template"])
     return changed(tokenizer, asked)
+
+
+def code_of(name: str) -> str:
+    """Which files a model brings that transformers may run."""
+    files = sorted(path.name for path in Path(name).expanduser().glob("*.py"))
+    if Path(name).expanduser().is_dir():
+        return f"{', '.join(files) or 'no file'} of {name}"
+    return f"the Python files of {name}"
 
 
 def trainable_model(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> nn.Module:

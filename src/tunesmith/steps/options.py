@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers.integrations.integration_utils import (
@@ -17,6 +18,8 @@ from tunesmith.evaluate.generate import answer_decoding
 from tunesmith.lookup import did_you_mean
 from tunesmith.recipe import Recipe, resolved
 from tunesmith.runs import Run
+from tunesmith.train.checkpoint import run_state_of
+from tunesmith.train.contract import check_allowed
 from tunesmith.train.curves import PER_TOKEN
 from tunesmith.train.options import SFTConfig
 from tunesmith.train.reward import RewardConfig, RewardTrainer
@@ -73,12 +76,15 @@ def uses_cpu(recipe: Recipe) -> bool:
     return bool(recipe.training.get("use_cpu"))
 
 
-def trainer_arguments(recipe: Recipe, folder: Run) -> SFTConfig:
-    """The training options as the stage's config."""
+def trainer_arguments(recipe: Recipe, folder: Run, checkpoint: Path | None = None) -> SFTConfig:
+    """The training options as the stage's config; a run that goes on keeps the precision it was begun with."""
     # transformers takes disable_tqdm from its log level, which the command line lowers
     defaults = {"output_dir": str(folder.path), "seed": DEFAULT_SEED, "disable_tqdm": False}
     if recipe.data.streaming:
         defaults["dataset_kwargs"] = {"format": FINISHED, "on_bad_row": recipe.data.on_bad_row}
+    if checkpoint is not None and not {"bf16", "fp16"} & recipe.training.keys():
+        defaults |= precision_of(checkpoint)
+    check_allowed(recipe.training.get("resume_allow") or ())
     check_trackers(recipe.training.get("report_to"))
     check_deepspeed(recipe.training.get("deepspeed"))
     try:
@@ -87,6 +93,12 @@ def trainer_arguments(recipe: Recipe, folder: Run) -> SFTConfig:
         raise
     except ValueError as error:  # transformers checks combinations of its own
         raise ConfigError(f"the training options contradict each other: {error}") from error
+
+
+def precision_of(checkpoint: Path) -> dict[str, bool]:
+    """The type of products that a checkpoint's run has chosen: another probe might choose another."""
+    terms = (run_state_of(checkpoint) or {}).get("terms", {})
+    return {"bf16": terms["precision"] == "bfloat16"} if "precision" in terms else {}
 
 
 def check_trackers(report_to: str | list[str] | None) -> None:

@@ -6,7 +6,9 @@ A resumed run sees the same rows; several processes share out each batch so that
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from tunesmith.data.pack import plan_packing
 
@@ -31,6 +33,23 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(shuffled(self.count, self.seed, self.epoch).tolist() if self.shuffle else range(self.count))
+
+
+class LengthGroupedSampler(EpochSampler):
+    """Rows of like length near each other, drawn from (seed, epoch); transformers' own draws from the global numbers.
+
+    Args:
+        lengths: of each row. size: rows that a step takes.
+    """
+
+    def __init__(self, lengths: Sequence[int], size: int, seed: int):
+        super().__init__(len(lengths), seed)
+        self.lengths, self.size = list(lengths), size
+
+    def __iter__(self) -> Iterator[int]:
+        seed = int(np.random.default_rng([self.seed, self.epoch]).integers(1 << 62))
+        generator = torch.Generator().manual_seed(seed)
+        return iter(get_length_grouped_indices(self.lengths, self.size, generator=generator))
 
 
 class RankBatches(Sampler[list[int]]):

@@ -4,9 +4,12 @@
 
 import atexit
 import json
+import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +22,8 @@ from tunesmith.deliver.summary import clock_text, share_text
 from tunesmith.evaluate.generate import generate_texts
 from tunesmith.evaluate.questions import ask
 from tunesmith.runs import SAMPLES_FILE, TRAINER_LOG_FILE, Run, append_line, write_text
+
+logger = logging.getLogger(__name__)
 
 STATUS_SECONDS = 1.0  # status.json is synced to disk: not more often than a page reads it
 
@@ -120,6 +125,7 @@ class RunLogCallback(TrainerCallback):
         self.pace = Pace(tokens_seen, work=work)
         self.figures: dict[str, Any] = {}
         self.status_written = -math.inf
+        self.failed = False
         self.aborted = False
         """Set it, from another thread too, and training stops after the step that is under way."""
 
@@ -158,8 +164,9 @@ class RunLogCallback(TrainerCallback):
         if not state.is_world_process_zero or logs is None:
             return
         self.figures |= {key: logs[key] for key in ("loss", "eval_loss") if key in logs}
-        self.run.log_metrics({"step": state.global_step} | logs)
-        append_line(self.run.path / TRAINER_LOG_FILE, self._trainer_log_line(state, logs))
+        with self._told_once():
+            self.run.log_metrics({"step": state.global_step} | logs)
+            append_line(self.run.path / TRAINER_LOG_FILE, self._trainer_log_line(state, logs))
         self._write_status(state)
 
     def on_train_end(
@@ -197,7 +204,39 @@ class RunLogCallback(TrainerCallback):
         )
         if force or now - self.status_written >= STATUS_SECONDS:
             self.status_written = now
-            self.run.write_status("running")
+            with self._told_once():
+                self.run.write_status("running")
+
+    @contextmanager
+    def _told_once(self) -> Iterator[None]:
+        """A log that cannot be written, as on a full disk, is said once and costs no training."""
+        try:
+            yield
+        except OSError as error:
+            if not self.failed:
+                logger.warning("the run's log cannot be written (%s); training goes on", error)
+            self.failed = True
+
+
+def make_unfailing(callback: TrainerCallback) -> None:
+    """Let what a tracker raises, such as a server that is away, be a warning: it must not end a training."""
+    for name in (name for name in dir(TrainerCallback) if name.startswith("on_")):
+        setattr(callback, name, _unfailing(callback, getattr(callback, name)))
+
+
+def _unfailing(callback: TrainerCallback, hook: Callable) -> Callable:
+    @wraps(hook)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return hook(*args, **kwargs)
+        except Exception as error:  # whatever a tracker may raise
+            if not getattr(callback, "has_failed", False):
+                what = f"{type(error).__name__}: {error}"
+                logger.warning("%s failed (%s); training goes on", type(callback).__name__, what)
+            callback.has_failed = True
+            return None
+
+    return call
 
 
 class SampleCallback(TrainerCallback):

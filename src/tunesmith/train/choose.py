@@ -55,6 +55,9 @@ def settled(
     if args.choose_checkpointing and batch is not None:
         lines.append(choose_checkpointing(args, model, batch))
     lines += few_rows(args, train_dataset)
+    if args.save_total_limit == 1:
+        args.save_total_limit = 2
+        lines.append("checkpoints: two are kept, not one, since the newest may turn out damaged (save_total_limit)")
     if args.gradient_checkpointing and args.device.type == "cpu":
         allocator.save_memory()
     if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:

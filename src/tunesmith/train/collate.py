@@ -5,15 +5,27 @@ flat    input_ids  (1, T)   | doc 1 ......... | doc 2 ... | doc 3 ..... |
         loss_index           positions whose *next* token is trained, loss_targets those tokens
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from tunesmith.data import IGNORE_INDEX
 from tunesmith.errors import ConfigError, DataError
+
+
+class Rows:
+    """The rows that a batch was made of, should it have to be made in parts; no collection that a library walks."""
+
+    __slots__ = ("rows",)
+
+    def __init__(self, rows: Sequence[Any]):
+        self.rows = rows
 
 
 class FlatCollator:
@@ -51,6 +63,7 @@ class FlatCollator:
             "num_tokens": sum(whole),
             "num_squares": sum(length * length for length in whole),
             **loss_positions(labels.unsqueeze(0), joined_weights(documents)),
+            "rows": Rows(rows),
         }
         if self.boundaries:
             bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
@@ -106,6 +119,7 @@ class PaddedCollator:
             "num_tokens": sum(lengths) if rows else 0,
             "num_squares": sum(length * length for length in lengths),
             **loss_positions(labels, weights),
+            "rows": Rows(rows),
         }
         if self.padding_side == "left":
             batch["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -113,14 +127,22 @@ class PaddedCollator:
 
 
 class LocatedCollator:
-    """A caller's collator, with the places of the loss and the number of tokens found on the host, as ours do."""
+    """A caller's collator, with the places of the loss and the number of tokens found on the host, as ours do.
 
-    def __init__(self, collator: Callable[[Sequence[Any]], Mapping[str, Any]]):
-        self.collator = collator
+    What it draws by chance depends on seed, epoch and rows alone, in whichever process it runs: a resumed run makes
+    the same batches.
+
+    Args:
+        source: knows the epoch; `None`: there is only one.
+    """
+
+    def __init__(self, collator: Callable[[Sequence[Any]], Mapping[str, Any]], seed: int = 0, source: Any = None):
+        self.collator, self.seed, self.source = collator, seed, source
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """The caller's batch with `loss_index`, `loss_targets` and `num_tokens` beside."""
-        batch = self.collator(rows)
+        with drawn_from(self.seed, getattr(self.source, "epoch", 0), *map(summary, rows)):
+            batch = self.collator(rows)
         if not isinstance(batch, Mapping):
             raise ConfigError(f"data_collator: expected a dict of tensors, got a {type(batch).__name__}.")
         batch = dict(batch)
@@ -130,7 +152,36 @@ class LocatedCollator:
         if isinstance(counted, Tensor) and counted.dim() == 2:
             batch.setdefault("num_tokens", int(counted.sum()))
             batch.setdefault("num_squares", int((counted.sum(1) ** 2).sum()))
-        return batch
+        return batch | {"rows": Rows(rows)}
+
+
+@contextmanager
+def drawn_from(*what: Any) -> Iterator[None]:
+    """Inside, random numbers of Python, numpy and torch depend on `what` alone; afterwards they go on as before."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = xxhash.xxh3_64_intdigest(repr(what).encode("utf-8", "surrogatepass"))
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed % 2**63)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def summary(row: Any) -> Any:
+    """Enough of a row to tell it from the others of its batch."""
+    if not isinstance(row, Mapping):
+        return type(row).__name__
+    sized = {key: value for key, value in sorted(row.items()) if hasattr(value, "__len__")}
+    return [(key, len(value), as_list(value[:16])) for key, value in sized.items() if not isinstance(value, Mapping)]
+
+
+def as_list(values: Any) -> Any:
+    """Arrays as lists, all else as it is."""
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 def nothing(length: int = 1) -> dict[str, Tensor]:

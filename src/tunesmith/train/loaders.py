@@ -12,7 +12,7 @@ from transformers.trainer_utils import seed_worker
 
 from tunesmith.data.prepare import batched
 from tunesmith.errors import ConfigError
-from tunesmith.train.batching import EpochSampler, RankBatches, TokenBudgetBatches
+from tunesmith.train.batching import EpochSampler, LengthGroupedSampler, RankBatches, TokenBudgetBatches
 from tunesmith.train.options import SFTConfig
 
 
@@ -21,12 +21,12 @@ def train_batches(dataset: Any, args: SFTConfig, batch_size: int) -> Sampler[lis
 
     Raises: ConfigError where `dataloader_drop_last` would leave none.
     """
-    seed = args.seed if args.data_seed is None else args.data_seed
-    shuffle = args.train_sampling_strategy != "sequential"
     where = {"rank": args.process_index, "ranks": args.world_size}
     if args.tokens_per_batch is not None:
-        return TokenBudgetBatches(row_lengths(dataset), args.tokens_per_batch, seed, shuffle=shuffle, **where)
-    sampler = EpochSampler(len(dataset), seed, shuffle=shuffle)
+        shuffle = args.train_sampling_strategy != "sequential"
+        lengths = row_lengths(dataset, args)
+        return TokenBudgetBatches(lengths, args.tokens_per_batch, seed_of(args), shuffle=shuffle, **where)
+    sampler = epoch_sampler(dataset, args, batch_size)
     batches = RankBatches(sampler, batch_size, drop_last=args.dataloader_drop_last, **where)
     if len(dataset) and not len(batches):
         raise ConfigError(
@@ -42,10 +42,25 @@ def eval_batches(dataset: Any, args: SFTConfig) -> Sampler[list[int]]:
     return RankBatches(sampler, args.eval_batch_size, rank=args.process_index, ranks=args.world_size)
 
 
-def row_lengths(dataset: Any) -> list[int]:
-    """Tokens of each row."""
-    rows = dataset["input_ids"] if isinstance(dataset, datasets.Dataset) else (row["input_ids"] for row in dataset)
-    return [len(ids) for ids in rows]
+def epoch_sampler(dataset: Any, args: SFTConfig, batch_size: int) -> EpochSampler:
+    """The rows in the order that `train_sampling_strategy` asks for, drawn from (seed, epoch)."""
+    if args.train_sampling_strategy == "group_by_length":
+        size = batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthGroupedSampler(row_lengths(dataset, args), size, seed_of(args))
+    return EpochSampler(len(dataset), seed_of(args), shuffle=args.train_sampling_strategy != "sequential")
+
+
+def seed_of(args: SFTConfig) -> int:
+    """What the order of rows is drawn from."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def row_lengths(dataset: Any, args: SFTConfig) -> list[int]:
+    """Tokens of each row, or what a column says of it."""
+    if isinstance(dataset, datasets.Dataset):
+        told = args.length_column_name in dataset.column_names
+        return list(dataset[args.length_column_name]) if told else [len(ids) for ids in dataset["input_ids"]]
+    return [len(row["input_ids"]) for row in dataset]
 
 
 def loader(dataset: Any, batches: Sampler[list[int]], collate: Callable, args: TrainingArguments) -> DataLoader:

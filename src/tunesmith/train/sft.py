@@ -31,14 +31,20 @@ from tunesmith.train.arguments import (
     num_embeddings,
     unless_default,
 )
-from tunesmith.train.batching import EpochSampler
 from tunesmith.train.choose import keeps_masters, largest_batch, memory_of, settled
 from tunesmith.train.collate import FlatCollator, LocatedCollator
 from tunesmith.train.compiling import drops_out, plan_compiling
 from tunesmith.train.completion_only import DataCollatorForCompletionOnlyLM, LabelsForReport
 from tunesmith.train.datasets import prepared, prepared_mixture
 from tunesmith.train.generation import GeneratingTrainer
-from tunesmith.train.loaders import eval_batches, eval_stream_loader, loader, stream_loader, train_batches
+from tunesmith.train.loaders import (
+    epoch_sampler,
+    eval_batches,
+    eval_stream_loader,
+    loader,
+    stream_loader,
+    train_batches,
+)
 from tunesmith.train.loss import loss_kind
 from tunesmith.train.options import SFTConfig, as_sft_config, modernized
 from tunesmith.train.processing import one_of, processing_for, tokenizer_in
@@ -295,23 +301,23 @@ class SFTTrainer(GeneratingTrainer):
                 raise ConfigError(
                     "tokens_per_batch needs the lengths of all rows, which a stream does not tell. Remove it."
                 )
-            collate = self._collator("training", dataset)
+            collate = self._collator("training", dataset, dataset)
             return stream_loader(dataset, self._train_batch_size, collate, args)
-        if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        if args.train_sampling_strategy == "batch_rebalance":
             return super().get_train_dataloader()
         if not self._own_batches and args.world_size > 1:  # no batch of no rows, so transformers shares them out
             if args.tokens_per_batch is not None:
                 raise ConfigError("tokens_per_batch: with a data_collator of your own only on one process. Remove it.")
             return super().get_train_dataloader()
         batches = train_batches(dataset, args, self._train_batch_size)
-        return loader(self._read(dataset, "training"), batches, self._collator("training", dataset), args)
+        collate = self._collator("training", dataset, batches.sampler)
+        return loader(self._read(dataset, "training"), batches, collate, args)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "random" or not hasattr(dataset, "__len__"):
+        if self.args.train_sampling_strategy not in ("random", "group_by_length") or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSampler(len(dataset), seed)
+        return epoch_sampler(dataset, self.args, self._train_batch_size)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """This process's evaluation batches; padded rows where `compute_metrics` wants logits row by row."""
@@ -335,13 +341,17 @@ class SFTTrainer(GeneratingTrainer):
             return self._remove_unused_columns(dataset, description)
         return dataset
 
-    def _collator(self, description: str, dataset: Any) -> Callable:
-        """Our collator, or the caller's with what ours find out; it sees the columns that transformers keeps."""
+    def _collator(self, description: str, dataset: Any, source: Any = None) -> Callable:
+        """Our collator, or the caller's with what ours find out; it sees the columns that transformers keeps.
+
+        `source` knows the epoch.
+        """
         if self._own_batches:
             return self.data_collator
         is_table = isinstance(dataset, datasets.Dataset)  # `_read` has removed its columns
         given = self.data_collator
-        return LocatedCollator(given if is_table else self._get_collator_with_removed_columns(given, description))
+        collate = given if is_table else self._get_collator_with_removed_columns(given, description)
+        return LocatedCollator(collate, self.args.seed, source)
 
 
 def shares_prefix(trainer: SFTTrainer, support: Support) -> bool:

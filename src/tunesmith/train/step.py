@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer
 from transformers.trainer_utils import TrainOutput
 
 from tunesmith.data import IGNORE_INDEX
@@ -22,6 +21,7 @@ from tunesmith.model.lora import casting_layers, inputs_left_to_autocast, lorapl
 from tunesmith.train.choose import chosen_line
 from tunesmith.train.collate import loss_positions
 from tunesmith.train.compiling import compiled_layers
+from tunesmith.train.guards import GuardedTrainer
 from tunesmith.train.head import HeadLoss, loss_in_head
 from tunesmith.train.loss import PLAIN, TokenLoss, loss_kind
 from tunesmith.train.memory import Batch, Memory
@@ -30,11 +30,12 @@ from tunesmith.train.processing import mend_special_ids, special_ids
 
 logger = logging.getLogger(__name__)
 
-HOST_KEYS = ("labels", "loss_index", "loss_targets", "loss_weights", "num_tokens", "num_squares", "skip_logits")
+HOST_KEYS = ("labels", "loss_index", "loss_targets", "loss_weights", "num_tokens", "num_squares", "skip_logits",
+             "rows")  # fmt: skip
 FIGURES = ("correct", "entropy", "count", "nll", "weight")
 
 
-class TokenTrainer(Seq2SeqTrainer):
+class TokenTrainer(GuardedTrainer):
     """Runs the step: forward with the loss formed in the head, backward, and the figures that are logged.
 
     Attributes:
@@ -72,7 +73,8 @@ class TokenTrainer(Seq2SeqTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; arguments as in transformers: `resume_from_checkpoint`, `trial`, `ignore_keys_for_eval`."""
-        self._steps_before, self._special_ids = 0, special_ids(self.model)
+        self._steps_before = self._steps_uncounted = 0
+        self._special_ids = special_ids(self.model)
         try:
             output = super().train(*args, **kwargs)
         finally:
@@ -120,14 +122,15 @@ class TokenTrainer(Seq2SeqTrainer):
         It looks whether `max_steps` are done when a step has ended, and not when it goes on from a checkpoint.
         """
         if 0 < self.state.max_steps <= self.state.global_step:
+            self._restore_once()
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(*args, **kwargs)
 
     # ---- the step ------------------------------------------------------------------------------------------------
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one micro-batch; returns its share of the step's loss."""
+    def _one_pass(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """Forward and backward of one micro-batch, or of a part; returns its share of the step's loss."""
         if self._tokens_before is None:
             self._tokens_before = self.state.num_input_tokens_seen  # from the checkpoint, if there was one
             self._steps_before = self.state.global_step
@@ -135,7 +138,19 @@ class TokenTrainer(Seq2SeqTrainer):
         self.tokens_seen += tokens
         self.flops_seen += self._flops.of(tokens, len(inputs.get("loss_index", ())), inputs.get("num_squares", 0))
         with self._attention(inputs), self._layers(), self._activations(), self._noise.of(inputs):
-            return super().training_step(model, inputs, num_items_in_batch)
+            return super()._one_pass(model, inputs, num_items_in_batch)
+
+    def _step_state(self) -> dict[str, Any]:
+        sums = {"figures": self._figures.clone(), "tokens": self.tokens_seen, "flops": self.flops_seen}
+        return super()._step_state() | sums
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        super()._take_up(state)
+        self._figures.copy_(state["figures"])
+        self.tokens_seen, self.flops_seen = state["tokens"], state["flops"]
+
+    def _forget_step(self) -> None:
+        self._figures.copy_(self._at_step_begin["figures"])
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """On the device, with the places of the loss, which our collators have found already."""
@@ -260,24 +275,21 @@ class TokenTrainer(Seq2SeqTrainer):
                 if self.loss_kind != PLAIN:
                     logs["nll"] = found["nll"] / max(found["weight"], 1e-12)
         if {"train_loss", "train_samples_per_second", "train_steps_per_second"} <= logs.keys():
-            self._count_this_session(logs)
+            self._count_whole_run(logs)
         super().log(logs, start_time)
 
-    def _count_this_session(self, metrics: dict[str, float]) -> None:
+    def _count_whole_run(self, metrics: dict[str, float]) -> None:
         """Put right what transformers says at the end of training.
 
-        It leaves steps since the last log line to each process. 5.17 also divides the losses of this session by the
-        steps of all sessions, and the steps of the whole schedule by the time of this one; 5.23 does not.
+        It leaves steps since the last log line to each process, and 5.23 divides the losses of all sessions, which our
+        checkpoints hand on, by the steps of this one. 5.17 takes the steps of the whole schedule for those of now.
         """
-        if self.args.world_size > 1:
-            loss = torch.tensor(metrics["train_loss"], dtype=torch.float64, device=self.args.device)
-            metrics["train_loss"] = float(self.accelerator.reduce(loss, "mean"))
-        done = self.steps_here
-        if hasattr(self, "_initial_global_step") or not done:
-            return
-        metrics["train_loss"] *= self.state.global_step / done
-        for rate in ("train_samples_per_second", "train_steps_per_second"):
-            metrics[rate] *= done / self.state.max_steps
+        total = torch.tensor(self._total_loss_scalar, dtype=torch.float64, device=self.args.device)
+        total = self.accelerator.reduce(total, "mean") if self.args.world_size > 1 else total
+        metrics["train_loss"] = float(total) / max(self.state.global_step - self._steps_uncounted, 1)
+        if not hasattr(self, "_initial_global_step") and self.steps_here:
+            for rate in ("train_samples_per_second", "train_steps_per_second"):
+                metrics[rate] *= self.steps_here / self.state.max_steps
 
     def chosen_line(self) -> str | None:
         """What was chosen for this model and machine, in one line; `None` where nothing is trained."""
@@ -314,6 +326,13 @@ class TokenTrainer(Seq2SeqTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.count_tokens()
         super()._save_checkpoint(*args, **kwargs)
+
+    def _counters(self) -> dict[str, Any]:
+        return super()._counters() | {"figures": self._figures.tolist()}
+
+    def _restore_counters(self, saved: Mapping[str, Any]) -> None:
+        super()._restore_counters(saved)
+        self._figures += torch.tensor(saved["figures"], device=self._figures.device)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Model or adapter, tokenizer and template, all as safetensors and JSON; no pickled arguments."""

@@ -1,0 +1,1 @@
+"""Runs that are killed, starved and fed rubbish: what must hold afterwards."""

@@ -1,0 +1,210 @@
+"""What a checkpoint was trained with is held against the run that goes on from it; damage is never trained on."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.faults.runs import make_run
+from tests.train.rows import token_rows
+from tunesmith.checkpoints import checkpoints, seal
+from tunesmith.errors import CheckpointError, ConfigError
+from tunesmith.train.contract import table_digest
+
+FOUR = {"max_steps": 4, "save_steps": 2, "save_total_limit": None, "logging_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of four steps with checkpoints 2 and 4."""
+    folder = tmp_path_factory.mktemp("contract") / "run"
+    make_run(folder, **FOUR).train()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("contract") / "lora"
+    make_run(folder, **FOUR, lora={"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}).train()
+    return folder
+
+
+def go_on(run, tmp_path, **options):
+    """Go on from checkpoint 2 with other options."""
+    trainer = make_run(tmp_path / "again", **{**FOUR, **options})
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    return trainer
+
+
+DIFFERENT = {
+    "data": (
+        {"rows": (9, 4, 14, 6, 11, 5, 8, 17, 3, 13)},
+        r"data\.hash: [0-9a-f]{32} in the checkpoint, [0-9a-f]{32}",
+    ),
+    "fewer rows": ({"rows": (9, 4, 14, 6, 11, 5, 8, 17)}, r"data\.rows: 10 in the checkpoint, 8 now"),
+    "order of rows": ({"dataset": lambda rows: rows.select(range(9, -1, -1))}, r"data\.hash"),
+    "seed": ({"seed": 5}, r"seed\.seed: 3 in the checkpoint, 5 now"),
+    "learning rate": ({"learning_rate": 1e-3}, r"learning_rate: 0\.01 in the checkpoint, 0\.001 now"),
+    "batch": ({"gradient_accumulation_steps": 4}, "rows_per_step: 4 in the checkpoint, 8 now"),
+    "schedule": ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type: linear in the checkpoint, cosine now"),
+    "weight decay": ({"weight_decay": 0.1}, r"weight_decay: 0\.0 in the checkpoint, 0\.1 now"),
+    "shorter": ({"max_steps": 3}, "max_steps: 4 in the checkpoint, 3 now"),
+    "precision": ({"bf16": True}, "precision: float32 in the checkpoint, bfloat16 now"),
+    "loss": ({"loss_type": "dft"}, "loss_type: nll in the checkpoint, dft now"),
+}
+
+
+# reliability: 9 10 11
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_a_run_that_differs_is_refused_with_old_and_new_value(run, tmp_path, name):
+    options, words = DIFFERENT[name]
+    with pytest.raises(CheckpointError, match=words) as found:
+        go_on(run, tmp_path, **options)
+    assert found.value.exit_code == 4
+    assert not (tmp_path / "again").exists() or not checkpoints(tmp_path / "again")
+
+
+# reliability: 9
+def test_another_tokenizer_template_or_adapter_is_refused(run, lora_run, tmp_path, monkeypatch):
+    trainer = make_run(tmp_path, **FOUR)
+    trainer.tokenizer.chat_template += " "
+    with pytest.raises(CheckpointError, match=r"chat_template: [0-9a-f]{32} in the checkpoint"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    trainer = make_run(tmp_path, **FOUR)
+    trainer.tokenizer.add_tokens(["wholly new"])
+    with pytest.raises(CheckpointError, match=r"tokenizer: [0-9a-f]{32} in the checkpoint"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    with pytest.raises(CheckpointError, match=r"adapter\.r: 4 in the checkpoint, 8 now"):
+        go_on(lora_run, tmp_path, lora={"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"})
+    with pytest.raises(CheckpointError, match=r"adapter: .* now"):
+        go_on(lora_run, tmp_path)
+
+
+# reliability: 10
+def test_an_allowed_learning_rate_is_the_one_that_is_used_and_is_recorded(run, tmp_path):
+    again = go_on(run, tmp_path, learning_rate=1e-3, resume_allow=["learning_rate"])
+    rates = [line["learning_rate"] for line in again.state.log_history if "learning_rate" in line]
+    assert rates[:2] == pytest.approx([1e-2, 0.75e-2]), "of the steps before"
+    assert rates[2:] == pytest.approx([0.5e-3, 0.25e-3]), "of the new rate, where the schedule is by now"
+    state = json.loads((tmp_path / "again" / "checkpoint-4" / "run_state.json").read_text())
+    assert state["terms"]["learning_rate"] == 1e-3
+    assert "learning_rate: 0.01 in the checkpoint, 0.001 now" in state["accepted"][0]
+
+
+def test_other_allowed_settings_are_used(run, tmp_path):
+    again = go_on(
+        run, tmp_path, weight_decay=0.5, lr_scheduler_type="constant", resume_allow=["optimizer", "schedule"]
+    )
+    assert again.optimizer.param_groups[0]["weight_decay"] == 0.5
+    rates = [line["learning_rate"] for line in again.state.log_history if "learning_rate" in line]
+    assert rates[2:] == pytest.approx([1e-2, 1e-2])
+
+
+# reliability: 12
+def test_a_longer_run_goes_on_under_the_schedule_of_the_new_length(run, tmp_path):
+    again = go_on(run, tmp_path, max_steps=8)
+    rates = [line["learning_rate"] for line in again.state.log_history if "learning_rate" in line]
+    assert rates[2:] == pytest.approx([1e-2 * (1 - step / 8) for step in (2, 3, 4, 5, 6, 7)])
+    assert "max_steps: 4 in the checkpoint, 8 now" in again.accepted_changes[0]
+
+
+def test_what_may_not_differ_cannot_be_allowed(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"resume_allow: 'learnin_rate' is nothing .* Did you mean 'learning_rate'"):
+        go_on(run, tmp_path, resume_allow=["learnin_rate"])
+    with pytest.raises(ConfigError, match="resume_allow: 'seed' is nothing that may differ"):
+        go_on(run, tmp_path, resume_allow=["seed"], seed=5)
+
+
+def resealed(run, tmp_path, change):
+    """A copy of checkpoint 2 that somebody changed on purpose."""
+    import shutil
+
+    copy = tmp_path / "checkpoint-2"
+    shutil.copytree(run / "checkpoint-2", copy)
+    change(copy)
+    (copy / "manifest.json").unlink()
+    seal(copy, step=2)
+    return copy
+
+
+def rewrite(copy, change):
+    path = next(copy.glob("*model.safetensors"))
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+TENSORS = {
+    "missing": (lambda found: found.pop(sorted(found)[0]), "is missing"),
+    "strange": (lambda found: found.update({"layers.9.extra": torch.ones(2)}), "layers.9.extra is not in the model"),
+    "shape": (lambda found: found.update({sorted(found)[0]: torch.ones(3)}), r"has shape \(3,\) in place of"),
+}
+
+
+# reliability: 8
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("name", TENSORS)
+def test_weights_of_another_model_are_named(run, lora_run, tmp_path, name, kind):
+    change, words = TENSORS[name]
+    source = run if kind == "full" else lora_run
+    copy = resealed(source, tmp_path, lambda folder: rewrite(folder, change))
+    options = {} if kind == "full" else {"lora": {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}}
+    trainer = make_run(tmp_path / "again", **FOUR, **options)
+    with pytest.raises(CheckpointError, match=words):
+        trainer.train(resume_from_checkpoint=str(copy))
+
+
+# reliability: 8
+def test_tied_heads_are_not_missed(tmp_path, caplog):
+    tied = {"model": {"tie_word_embeddings": True}}
+    make_run(tmp_path / "run", **FOUR, **tied).train()
+    assert "lm_head.weight" not in load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    caplog.clear()
+    make_run(tmp_path / "again", **FOUR, **tied).train(str(tmp_path / "run" / "checkpoint-2"))
+    assert "missing" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_nothing_that_training_needs_may_be_missing(run, tmp_path, name):
+    copy = resealed(run, tmp_path, lambda folder: (folder / name).unlink())
+    with pytest.raises(CheckpointError, match=f"holds no {name}"):
+        make_run(tmp_path / "again", **FOUR).train(str(copy))
+
+
+# reliability: 7
+def test_where_all_are_damaged_each_is_named_and_none_deleted(run, tmp_path):
+    import shutil
+
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-2" / "optimizer.pt").unlink()
+    (tmp_path / "run" / "checkpoint-4" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError) as found:
+        make_run(tmp_path / "run", **FOUR).train(resume_from_checkpoint=True)
+    assert "checkpoint-4 is skipped: model.safetensors has 0 bytes" in str(found.value)
+    assert "checkpoint-2 is skipped: optimizer.pt is missing" in str(found.value)
+    assert list(checkpoints(tmp_path / "run")) == [2, 4]
+
+
+def test_a_table_is_known_by_what_is_in_it():
+    rows = token_rows()
+    parts = datasets.concatenate_datasets([rows.select(range(3)), rows.select(range(3, len(rows)))])
+    assert table_digest(rows) == table_digest(parts) == table_digest(rows.select(range(len(rows))))
+    assert table_digest(rows) != table_digest(rows.select([1, 0, *range(2, len(rows))]))
+    joined = datasets.Dataset.from_list([{"input_ids": [1, 2, 3]}, {"input_ids": [4]}])
+    split = datasets.Dataset.from_list([{"input_ids": [1, 2]}, {"input_ids": [3, 4]}])
+    assert table_digest(joined) != table_digest(split)
+
+
+# reliability: 19
+def test_a_checkpoint_holds_no_pickled_arguments_and_no_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_plantedplanted1234")
+    make_run(tmp_path, **FOUR, hub_token="hf_plantedplanted1234").train()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".jinja", ".pt", ".pth", ".txt"}
+    assert not [path.name for path in files if path.name.endswith(".bin")]
+    assert not [path.name for path in files if b"plantedplanted" in path.read_bytes()]
+    for path in files:
+        if path.suffix in (".pt", ".pth") and path.name != "rng_state.pth":
+            torch.load(path, weights_only=True)
