@@ -12,8 +12,10 @@ import torch
 
 from tests.faults.runs import in_child, log_of, make_run, outcome, start_child, train
 from tests.faults.steps import AtStep, SignalInStep
+from tests.workplace import write_rows
 from tunesmith import signals
 from tunesmith.checkpoints import checkpoints, damage
+from tunesmith.cli import app
 from tunesmith.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError
 from tunesmith.train.step import TokenTrainer
 
@@ -315,3 +317,28 @@ def test_a_signal_from_outside_is_heard_in_a_step(tmp_path):
     child.join()
     assert child.exitcode == 143
     assert list(checkpoints(tmp_path / "run")) in ([2], [3])
+
+
+def prepares(folder):
+    """A command whose rows take half a minute to tokenize."""
+    os.chdir(folder)
+    app(["train", "recipe.yaml", "--output_dir", "out"], prog_name="tunesmith")
+
+
+# reliability: 24
+def test_a_signal_while_rows_are_tokenized_ends_the_command_within_seconds(workplace, monkeypatch):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(workplace / "cache"))
+    write_rows(workplace / "train.jsonl", [("what? " * 200, f"{number}") for number in range(60_000)])
+    child = start_child(workplace / "told.json", prepares, workplace)
+    while not (workplace / "out" / "status.json").exists():
+        time.sleep(0.05)
+        assert child.exitcode is None, log_of(workplace / "told.json")
+    time.sleep(2)
+    begin = time.monotonic()
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(30)
+    assert child.exitcode == 143, log_of(workplace / "told.json")
+    assert time.monotonic() - begin < 5
+    assert json.loads((workplace / "out" / "status.json").read_text())["state"] == "interrupted"
+    assert "Interrupted by SIGTERM." in log_of(workplace / "told.json")
+    assert not list((workplace / "cache").rglob("*.arrow")), "half of the tokens were kept"

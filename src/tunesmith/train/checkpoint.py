@@ -248,6 +248,14 @@ class CheckpointTrainer(Seq2SeqTrainer):
         self._last_rows = batches[-1].get("rows") if batches and hasattr(batches[-1], "get") else None
         return batches, count
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Sum up; where the checkpoint was that of the last step, what is summed up is what it kept."""
+        if self._must_restore:
+            self._restore_once()
+            self._random_due = False
+            self._load_rng_state(str(self.resumed_from))
+        return super()._finalize_training(*args, **kwargs)
+
     # ---- streams -------------------------------------------------------------------------------------------------
 
     def _position(self) -> dict[str, Any] | None:
