@@ -68,6 +68,28 @@ def test_a_resumed_compiled_run_equals_an_uninterrupted_one(make_tiny_model, byt
         assert torch.equal(again.model.state_dict()[name], value), name
 
 
+@needs_compiler
+def test_a_long_run_compiles_after_its_first_step_and_resumes_the_same(
+    make_tiny_model, byte_tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compiling, "LONG_RUN", 0)
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "save_total_limit": 3}
+    whole = make_trainer(make_tiny_model(), byte_tokenizer, token_rows(prefix=PREFIX), tmp_path / "a", **options)
+    steps = []
+    monkeypatch.setattr(
+        whole, "_compile", lambda compile=whole._compile: (steps.append(whole.state.global_step), compile())
+    )
+    assert whole.choices[-1].startswith("layers: compiled after the first step")
+    whole.train()
+    assert steps == [1, 2]
+    assert whole._compiled is not None
+    torch.compiler.reset()
+    again = make_trainer(make_tiny_model(), byte_tokenizer, token_rows(prefix=PREFIX), tmp_path / "b", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [

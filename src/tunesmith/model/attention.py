@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from tunesmith.model.product_attention import LONGEST, MEAN, ProductAttention, has_tiles
+
 NAME = "tunesmith_documents"
 HALF = (torch.float16, torch.bfloat16)
 
@@ -60,13 +62,25 @@ def document_attention(
             raise NotImplementedError(f"document attention has no {name}")
     if query.is_cuda and torch.is_autocast_enabled("cuda"):  # rope leaves queries and keys in float32
         query, key, value = (one.to(torch.get_autocast_dtype("cuda")) for one in (query, key, value))
-    if shared_prefix[0]:
+    if dropout == 0.0 and suit_products(value, document_lengths, sliding_window):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        states = (states[0].transpose(0, 1) for states in (query, key, value))
+        output = ProductAttention.apply(*states, document_lengths, shared_prefix, scale).unsqueeze(0)
+    elif shared_prefix[0]:
         output = sharing_documents(query, key, value, document_lengths, shared_prefix, scaling, sliding_window)
     elif query.is_cuda and query.dtype in HALF and dropout == 0.0:
         output = flash_documents(query, key, value, document_lengths, cu_seq_lens_q, scaling, sliding_window)
     else:
         output = looped_documents(query, key, value, document_lengths, scaling, dropout, sliding_window)
     return output, None
+
+
+def suit_products(value: Tensor, lengths: tuple[int, ...], window: int | None) -> bool:
+    """Whether documents with these values, (1, kv_heads, T, D), attend fastest by `ProductAttention`."""
+    if value.dtype != torch.bfloat16 or value.device.type != "cpu" or not has_tiles():
+        return False
+    longest = max(lengths)
+    return longest <= LONGEST and sum(lengths) >= MEAN * len(lengths) and not (window and longest > window)
 
 
 def looped_documents(

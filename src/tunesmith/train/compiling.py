@@ -25,7 +25,7 @@ TRIAL_LENGTHS, TRIAL_TRAINED = (200, 312), 16
 
 
 def plan_compiling(trainer: Any) -> tuple[bool, str]:
-    """Whether `trainer` is to compile its layers when it begins to train, and the line that says so.
+    """Whether `trainer` is to compile its layers, and the line that says so.
 
     Raises: ConfigError where `compile_layers` asks for what cannot be.
     """
@@ -37,10 +37,8 @@ def plan_compiling(trainer: Any) -> tuple[bool, str]:
         raise ConfigError(f"compile_layers: {why}. Leave it out, and the layers run as they are.")
     if why:
         return False, f"layers: not compiled ({why})"
-    return (
-        True,
-        "layers: compiled before the first step, which takes some ten seconds (compile_layers: false turns it off)",
-    )
+    when = "before" if asked else "after"
+    return True, f"layers: compiled {when} the first step, in some ten seconds (compile_layers: false turns it off)"
 
 
 def compiled_layers(trainer: Any) -> tuple[CompiledLayers | None, str]:

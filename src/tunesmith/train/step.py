@@ -94,7 +94,8 @@ class TokenTrainer(GuardedTrainer):
         self._flops = step_flops(model)
         mend_special_ids(model, self._special_ids)
         self._casting = casting_layers(model) if self.args.bf16 or self.args.fp16 else []
-        self._compile()
+        if self.args.compile_layers:
+            self._compile()
         with noisy_embeddings(model, self.args.neftune_noise_alpha) as self._noise:
             return super()._inner_training_loop(*args, **kwargs)
 
@@ -125,6 +126,8 @@ class TokenTrainer(GuardedTrainer):
             self._restore_once()
             self.control.should_training_stop = True
             return [], None
+        if self.state.global_step:  # nobody waits for the first loss, and a resumed run compiles where this one did
+            self._compile()
         return super().get_batch_samples(*args, **kwargs)
 
     # ---- the step ------------------------------------------------------------------------------------------------
