@@ -22,7 +22,7 @@ quickstart: $(VENV)/.run-ready
 # without the model the tests marked `real` are skipped
 test: $(VENV)/.dev-ready
 	@model="$$($(BIN)/python scripts/get_quickstart_model.py)" || echo "no base model: the tests marked 'real' are skipped"; \
-	TUNESMITH_TEST_MODEL="$$model" $(BIN)/python -m pytest $(ARGS)
+	TUNESMITH_TEST_MODEL="$$model" $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 faults: $(VENV)/.dev-ready
 	$(BIN)/python scripts/faults.py

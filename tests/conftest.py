@@ -6,6 +6,8 @@ import signal
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TUNESMITH_CACHE", "off")  # nothing of a test stays in the user's cache folder
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: torch's threads would stand in their way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # under `nohup`, and what is started from here would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -35,7 +35,8 @@ def calls(tmp_path, monkeypatch):
     replace("tunesmith.allocator", "tune")
     replace("tunesmith.deliver", "nothing")
     replace("tunesmith.deliver.merge", "merge")
-    workflow = replace("tunesmith.workflow", "train", "check", "evaluate", "predict", "chat")
+    workflow = replace("tunesmith.workflow", "train", "check", "evaluate", "predict")
+    replace("tunesmith.delivery", "chat", "serve", "export")
     workflow.env = lambda: {"torch": "2.13.0", "device": "cpu"}
     return types.SimpleNamespace(list=found, workflow=workflow)
 

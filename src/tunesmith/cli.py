@@ -190,6 +190,15 @@ def quiet_workflow() -> ModuleType:
     return workflow
 
 
+def quiet_delivery() -> ModuleType:
+    """What hands over a model that exists, with the terminal left to it."""
+    quiet_libraries()
+    from tunesmith import delivery
+
+    keep_what_is_imported()
+    return delivery
+
+
 def keep_what_is_imported() -> None:
     """Collect garbage again, which `main` has turned off, but never look at what is there by now."""
     if not gc.isenabled():
@@ -290,8 +299,7 @@ def chat(
         from tunesmith.recipe import load_for_model
 
         loaded = load_for_model(model, flags=ctx.args, task="chat")
-        workflow = quiet_workflow()
-        workflow.chat(loaded, system=system)
+        quiet_delivery().chat(loaded, system=system)
 
 
 @app.command(cls=ChatCommand, context_settings=ANY_OPTION)
@@ -311,8 +319,31 @@ def serve(
 
         require_server("serve")  # before a model is loaded for nothing
         loaded = load_for_model(model, flags=ctx.args, task="chat")
-        workflow = quiet_workflow()
-        workflow.serve(loaded, name=name or Path(model).name or model, host=host, port=port, system=system)
+        quiet_delivery().serve(loaded, name=name or Path(model).name or model, host=host, port=port, system=system)
+
+
+@app.command(cls=ChatCommand, context_settings=ANY_OPTION)
+def export(
+    ctx: typer.Context,
+    model: RunOrModel,
+    output: Annotated[
+        str | None, typer.Argument(metavar="OUTPUT", help="The GGUF file; for ollama a folder; for vllm nothing")
+    ] = None,
+    to: Annotated[str, typer.Option(help="gguf, ollama (a GGUF file and a Modelfile) or vllm (the command)")] = "gguf",
+    kind: Annotated[str, typer.Option("--type", help="Matrices in the GGUF file: f16, q8_0, bf16, f32")] = "f16",
+    name: Annotated[str | None, typer.Option(help="What the model calls itself; its folder's name otherwise")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT holds")] = False,
+    show_traceback: Traceback = False,
+) -> None:
+    """Write a model for llama.cpp, Ollama or vLLM: tunesmith export runs/mine mine.gguf."""
+    with errors_reported(show_traceback):
+        from tunesmith.recipe import load_for_model
+
+        place, flags = recipe_and_flags(output, ctx)
+        loaded = load_for_model(model, flags=flags, task="chat")
+        named = name or Path(model).resolve().name
+        path = Path(place) if place else None
+        quiet_delivery().export(loaded, path, to=to, kind=kind, name=named, overwrite=overwrite)
 
 
 @app.command()

@@ -15,10 +15,8 @@ from rich.console import Console
 
 from tunesmith import __version__
 from tunesmith.config import TrainingFields
-from tunesmith.deliver.chat import chat as talk
 from tunesmith.deliver.merge import merge
 from tunesmith.deliver.summary import show_answers, show_reports, show_results
-from tunesmith.deliver.web.serve import serve as serve_model
 from tunesmith.errors import ConfigError
 from tunesmith.evaluate.predict import comparisons, prefixed
 from tunesmith.lock import locked
@@ -50,7 +48,6 @@ from tunesmith.steps.options import (
     evaluation_arguments,
     only,
     saved_options,
-    system_prompt,
     trainer_arguments,
     uses_cpu,
 )
@@ -454,50 +451,6 @@ def show_figures(metrics: dict[str, float], console: Console) -> None:
     width = max(map(len, shown), default=0) + 2
     for name, value in shown.items():
         console.out(f"{name:{width}}{value:.4f}", highlight=False)
-
-
-def chat(recipe: Recipe, system: str | None = None) -> None:
-    """Talk to a model in the terminal."""
-    refuse_to_talk(recipe)
-    console = Console()
-    tokenizer = tokenizer_of(recipe)
-    # in a pipe nothing but the answers is written
-    model = usable_model(recipe, tokenizer, lambda line: tell([line], None, Console(stderr=True)))
-    talk(
-        model,
-        tokenizer,
-        system=system or system_prompt(recipe),
-        decoding=decoding(recipe),
-        chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
-        console=console,
-    )
-
-
-def serve(recipe: Recipe, *, name: str, host: str = "127.0.0.1", port: int = 8000, system: str | None = None) -> None:
-    """Answer over HTTP until Ctrl-C: OpenAI-style endpoints and a chat page."""
-    refuse_to_talk(recipe)
-    console = Console()
-    tokenizer = tokenizer_of(recipe)
-    serve_model(
-        usable_model(recipe, tokenizer, lambda line: tell([line], None, console)),
-        tokenizer,
-        name=name,
-        host=host,
-        port=port,
-        decoding=decoding(recipe),
-        chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
-        system=system or system_prompt(recipe),
-        console=console,
-    )
-
-
-def refuse_to_talk(recipe: Recipe) -> None:
-    """Raise ConfigError for a model that scores answers and writes none."""
-    if recipe.run.stage == "rm":
-        raise ConfigError(
-            f"{recipe.model.model_name_or_path} is a reward model: it scores answers and writes none. "
-            "`tunesmith eval` and `tunesmith predict` score pairs of answers with it."
-        )
 
 
 def env() -> dict[str, str]:

@@ -13,18 +13,13 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from tunesmith.deliver.compare import differences, logits_of, probe_ids
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.evaluate.generate import stop_token_ids
 from tunesmith.model.chain import ADAPTER_CONFIG, adapter_base, merge_folders, merged, put_on, with_earlier
 from tunesmith.model.load import load_model, options_with_positions
 from tunesmith.model.quantize import is_quantized
 from tunesmith.model.value_head import has_head, read_head, save_head
-
-PROBES = (
-    "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs.",
-    'def add(a, b):\n    return a + b\n\n{"name": "Ada", "year": 1843}',
-    "Naïve café, Москва, 東京, 你好, 🙂 — 3.14159 and 2+2=4",
-)
 
 # Largest difference of any logit, as a share of the largest logit. In half precision this bounds what rounding the
 # weights (to 1 in 2^11 and 2^8) may do; that nothing else happened is checked apart, see `merge`.
@@ -72,10 +67,10 @@ def merge(
     model, stored = _load(folders, base)
     target = _target_dtype(dtype, stored)
     tokenizer = _load_tokenizer(folders[-1], base)
-    probes = _probe_ids(tokenizer, model.get_input_embeddings().weight.shape[0])
-    expected = _logits(model, probes)
+    probes = probe_ids(tokenizer, model.get_input_embeddings().weight.shape[0])
+    expected = logits_of(model, probes)
     whole = merged(model)
-    _compare(expected, _logits(whole, probes), torch.float32)
+    _compare(expected, logits_of(whole, probes), torch.float32)
     staged = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.staged")
     try:
         _save(whole, tokenizer, staged, target, max_shard_size)
@@ -83,7 +78,7 @@ def merge(
             save_head(read_head(folders[-1]).state_dict(), staged)
         written = _read_back(staged, whole)
         del model, whole  # two copies in memory at most
-        result = _compare(expected, _logits(written.float(), probes), target)
+        result = _compare(expected, logits_of(written.float(), probes), target)
         _move_into_place(staged, output_dir)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -181,42 +176,22 @@ def _save(
 # ---------------------------------------------------------------------------------------------------- comparing
 
 
-def _probe_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[list[int]]:
-    """A few texts as token ids, and ids spread over the whole vocabulary, new tokens included."""
-    rows = [tokenizer(text)["input_ids"][:64] for text in PROBES]
-    rows.append([place * (vocabulary - 1) // 63 for place in range(64)])
-    return [[token for token in row if token < vocabulary] for row in rows if row]
-
-
-def _logits(model: torch.nn.Module, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Logits of every position of every row, (positions, V), in float32."""
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        parts = [model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0].cpu() for row in rows]
-    return torch.cat(parts).float()
-
-
 def _compare(expected: torch.Tensor, found: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:
     if expected.shape != found.shape:
         raise ModelError(
             f"the merged model has {found.shape[1]} output tokens, base and adapter have {expected.shape[1]}; "
             "nothing was kept."
         )
-    difference, scale = (expected - found).abs().max().item(), expected.abs().max().item()
-    relative = difference / scale if scale else difference
+    figures = differences(expected, found)
+    relative = figures["relative_difference"]
     if not relative <= TOLERANCE[dtype]:  # NaN included
         raise ModelError(
-            f"the merged model answers differently from base and adapter: logits differ by {difference:.2e} of "
-            f"{scale:.2e} ({relative:.1e}, at most {TOLERANCE[dtype]:.0e} in {_name(dtype)}); nothing was kept. "
+            f"the merged model answers differently from base and adapter: logits differ by "
+            f"{figures['max_difference']:.2e} of {figures['scale']:.2e} ({relative:.1e}, at most "
+            f"{TOLERANCE[dtype]:.0e} in {_name(dtype)}); nothing was kept. "
             "Merge in float32 (--dtype float32), or keep using the adapter with its base."
         )
-    return {
-        "max_difference": difference,
-        "scale": scale,
-        "relative_difference": relative,
-        "tolerance": TOLERANCE[dtype],
-        "same_first_choice": (expected.argmax(-1) == found.argmax(-1)).float().mean().item(),
-    }
+    return figures | {"tolerance": TOLERANCE[dtype]}
 
 
 def _tell(result: dict[str, Any], console: Console) -> None:

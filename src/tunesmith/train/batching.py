@@ -22,11 +22,17 @@ class EpochSampler(Sampler[int]):
     """Numbers below `count`, in an order drawn from (seed, epoch), or in their own; transformers calls `set_epoch`."""
 
     def __init__(self, count: int, seed: int, *, shuffle: bool = True):
-        self.count, self.seed, self.shuffle, self.epoch = count, seed, shuffle, 0
+        self.count, self.seed, self.shuffle = count, seed, shuffle
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by loader workers that live on
+
+    @property
+    def epoch(self) -> int:
+        """What the next pass is drawn from."""
+        return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the next pass from `epoch`."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return self.count

@@ -1,0 +1,100 @@
+"""A model that exists, handed to people and programs: chat in the terminal, serve over HTTP, export to other forms."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tunesmith.deliver.chat import chat as talk
+from tunesmith.deliver.export import EXPORTS, check_place, vllm_command
+from tunesmith.deliver.gguf_file import library
+from tunesmith.deliver.web.serve import serve as serve_model
+from tunesmith.errors import ConfigError, ModelError
+from tunesmith.lookup import lookup
+from tunesmith.model.chain import merged
+from tunesmith.model.quantize import is_quantized
+from tunesmith.recipe import Recipe
+from tunesmith.steps.model import last_folder, tokenizer_of, usable_model
+from tunesmith.steps.options import decoding, system_prompt
+
+
+def chat(recipe: Recipe, system: str | None = None) -> None:
+    """Talk to a model in the terminal."""
+    refuse_to_talk(recipe)
+    tokenizer = tokenizer_of(recipe)
+    model = usable_model(recipe, tokenizer, said_on(Console(stderr=True)))  # in a pipe only answers are written
+    talk(
+        model,
+        tokenizer,
+        system=system or system_prompt(recipe),
+        decoding=decoding(recipe),
+        chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
+        console=Console(),
+    )
+
+
+def serve(recipe: Recipe, *, name: str, host: str = "127.0.0.1", port: int = 8000, system: str | None = None) -> None:
+    """Answer over HTTP until Ctrl-C: OpenAI-style endpoints and a chat page."""
+    refuse_to_talk(recipe)
+    console = Console()
+    tokenizer = tokenizer_of(recipe)
+    serve_model(
+        usable_model(recipe, tokenizer, said_on(console)),
+        tokenizer,
+        name=name,
+        host=host,
+        port=port,
+        decoding=decoding(recipe),
+        chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
+        system=system or system_prompt(recipe),
+        console=console,
+    )
+
+
+def export(recipe: Recipe, output: Path | None, *, to: str, kind: str, name: str, overwrite: bool = False) -> Any:
+    """Write a model for another program, or print the command that serves it there.
+
+    Args:
+        output: the GGUF file, or Ollama's folder; vLLM needs none.
+        to: `gguf`, `ollama` or `vllm`.
+        kind: how a GGUF file holds matrices.
+        name: what the model calls itself.
+
+    Returns: what `deliver.export` found, or vLLM's command.
+    Raises: ConfigError for a place that is taken; ModelError for a model that cannot be written exactly.
+    """
+    refuse_to_talk(recipe)
+    console = Console()
+    if to == "vllm":
+        command = vllm_command(last_folder(recipe))
+        console.out(command, highlight=False)
+        return command
+    write = lookup(EXPORTS, to, "--to")
+    library()  # before a model is loaded for nothing
+    if output is None:
+        raise ConfigError(f"output: name {'the GGUF file' if to == 'gguf' else 'the folder'} that is to be written.")
+    if to == "gguf":
+        check_place(output, overwrite)
+    tokenizer = tokenizer_of(recipe)
+    recipe.model.dtype = "float32"
+    model = usable_model(recipe, tokenizer, said_on(console))
+    if is_quantized(model):
+        raise ModelError("a 4- or 8-bit base cannot be exported: name the model that it was quantized from.")
+    plain = merged(model) if hasattr(model, "peft_config") else model
+    options = {"system": system_prompt(recipe)} if to == "ollama" else {}
+    return write(plain, tokenizer, output, kind=kind, name=name, overwrite=overwrite, console=console, **options)
+
+
+def refuse_to_talk(recipe: Recipe) -> None:
+    """Raise ConfigError for a model that scores answers and writes none."""
+    if recipe.run.stage == "rm":
+        raise ConfigError(
+            f"{recipe.model.model_name_or_path} is a reward model: it scores answers and writes none. "
+            "`tunesmith eval` and `tunesmith predict` score pairs of answers with it."
+        )
+
+
+def said_on(console: Console) -> Callable[[str], None]:
+    """What prints a line as it is."""
+    return lambda line: console.out(line, highlight=False)
