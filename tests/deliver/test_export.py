@@ -278,6 +278,9 @@ def test_a_template_that_does_more_is_left_to_ollama():
     text, said = modelfile("a.gguf", tokenizer, [], system="Be brief.")
     assert "cannot be said in Ollama's language" in said
     assert text == 'FROM ./a.gguf\nSYSTEM """Be brief."""\n'
+    text, said = modelfile("a.gguf", tokenizer, [], system='Say """.')
+    assert "system message is left out" in said
+    assert "SYSTEM" not in text
 
 
 def test_ollama_s_folder_holds_both_files(tmp_path, tokenizer):

@@ -51,12 +51,14 @@ def modelfile(gguf_name: str, tokenizer: Any, stops: Sequence[str], system: str 
     if parts is not None:
         lines.append(f'TEMPLATE """{template(parts)}"""')
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
-    if system:
-        lines.append(f'SYSTEM """{system}"""')
-    said = ""
+    said = []
     if parts is None and tokenizer.chat_template:
-        said = "the chat template cannot be said in Ollama's language, which will look for one it knows"
-    return "\n".join(lines) + "\n", said
+        said.append("the chat template cannot be said in Ollama's language, which will look for one it knows")
+    if system and '"""' in system:
+        said.append("the system message is left out: a Modelfile cannot quote three quotation marks")
+    elif system:
+        lines.append(f'SYSTEM """{system}"""')
+    return "\n".join(lines) + "\n", "; ".join(said)
 
 
 def template(parts: Parts) -> str:
