@@ -1,6 +1,6 @@
 # make quickstart   from a clean clone to a tuned model: needs Python 3.11 or newer and nothing else
 # make test         run the test suite
-# make faults       kill it everywhere, starve it, feed it rubbish; a table of what was lost (some 15 minutes)
+# make faults       kill it everywhere, starve it, feed it rubbish; a table of what was lost (eleven minutes)
 # make lint         check style
 # make docs         write docs/api.md from the source
 # make clean        remove .venv and caches; what was trained stays
