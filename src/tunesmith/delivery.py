@@ -1,5 +1,6 @@
 """A model that exists, handed to people and programs: chat in the terminal, serve over HTTP, export to other forms."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from tunesmith.deliver.chat import chat as talk
-from tunesmith.deliver.export import EXPORTS, check_place, vllm_command
-from tunesmith.deliver.gguf_file import library
+from tunesmith.deliver.export import EXPORTS, check_asked, vllm_command
 from tunesmith.deliver.web.serve import serve as serve_model
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.lookup import lookup
@@ -70,20 +70,17 @@ def export(recipe: Recipe, output: Path | None, *, to: str, kind: str, name: str
         command = vllm_command(last_folder(recipe))
         console.out(command, highlight=False)
         return command
-    write = lookup(EXPORTS, to, "--to")
-    library()  # before a model is loaded for nothing
-    if output is None:
-        raise ConfigError(f"output: name {'the GGUF file' if to == 'gguf' else 'the folder'} that is to be written.")
-    if to == "gguf":
-        check_place(output, overwrite)
+    place = check_asked(output, to=to, kind=kind, overwrite=overwrite)
     tokenizer = tokenizer_of(recipe)
-    recipe.model.dtype = "float32"
-    model = usable_model(recipe, tokenizer, said_on(console))
+    # the base as it is stored, also where an adapter was trained on it in few bits
+    whole = dataclasses.replace(recipe.model, dtype="float32", load_in_4bit=False, load_in_8bit=False)
+    model = usable_model(dataclasses.replace(recipe, model=whole), tokenizer, said_on(console))
     if is_quantized(model):
         raise ModelError("a 4- or 8-bit base cannot be exported: name the model that it was quantized from.")
     plain = merged(model) if hasattr(model, "peft_config") else model
     options = {"system": system_prompt(recipe)} if to == "ollama" else {}
-    return write(plain, tokenizer, output, kind=kind, name=name, overwrite=overwrite, console=console, **options)
+    write = lookup(EXPORTS, to, "--to")
+    return write(plain, tokenizer, place, kind=kind, name=name, overwrite=overwrite, console=console, **options)
 
 
 def refuse_to_talk(recipe: Recipe) -> None:

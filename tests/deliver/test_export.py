@@ -1,6 +1,7 @@
 """An exported model answers as the one it was made of, also after it was read back, or it is not there."""
 
 import io
+import json
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ from tunesmith.deliver.export import TOLERANCE, export_gguf, export_ollama, vllm
 from tunesmith.deliver.gguf_file import REST, SPLITTERS, TYPES, WORDS, neighbours, splitter_of
 from tunesmith.deliver.modelfile import TRIALS, modelfile, parts_of, rendered
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.model.chain import ARGUMENTS
 
 gguf = pytest.importorskip("gguf", reason="pip install 'tunesmith[gguf]'")
 QUIET = Console(file=io.StringIO(), width=200)
@@ -183,7 +185,7 @@ def test_a_file_is_replaced_only_when_asked(tmp_path, tokenizer):
         export_gguf(MODELS["llama"](), tokenizer, path, kind="f16", name="a", overwrite=False, console=QUIET)
     with pytest.raises(ConfigError, match="is a folder"):
         export_gguf(MODELS["llama"](), tokenizer, tmp_path, kind="f16", name="a", overwrite=True, console=QUIET)
-    with pytest.raises(ConfigError, match="unknown type 'q9'"):
+    with pytest.raises(ConfigError, match="type: expected one of f16"):
         export_gguf(MODELS["llama"](), tokenizer, path, kind="q9", name="a", overwrite=True, console=QUIET)
     assert path.read_bytes() == b"old"
     export_gguf(MODELS["llama"](), tokenizer, path, kind="f16", name="a", overwrite=True, console=QUIET)
@@ -286,11 +288,18 @@ def test_a_template_that_does_more_is_left_to_ollama():
 def test_ollama_s_folder_holds_both_files(tmp_path, tokenizer):
     console = Console(file=io.StringIO(), width=200)
     found = export_ollama(
-        MODELS["llama"](), tokenizer, tmp_path / "out", kind="q8_0", name="my model", overwrite=False, console=console
+        MODELS["llama"](),
+        tokenizer,
+        tmp_path / "out",
+        kind="q8_0",
+        name="org/my model",
+        overwrite=False,
+        console=console,
     )
-    assert sorted(one.name for one in (tmp_path / "out").iterdir()) == ["Modelfile", "my model.q8_0.gguf"]
+    assert sorted(one.name for one in (tmp_path / "out").iterdir()) == ["Modelfile", "org-my-model.q8_0.gguf"]
     assert found["modelfile"] == str(tmp_path / "out" / "Modelfile")
-    assert "ollama create 'my model' -f " in console.file.getvalue()
+    assert "ollama create org-my-model -f " in console.file.getvalue()
+    assert (tmp_path / "out" / "Modelfile").read_text().startswith("FROM ./org-my-model.q8_0.gguf\n")
     with pytest.raises(ConfigError, match="Modelfile exists"):
         export_ollama(
             MODELS["llama"](), tokenizer, tmp_path / "out", kind="f16", name="m", overwrite=False, console=console
@@ -308,17 +317,36 @@ def test_vllm_s_command_serves_a_model_or_an_adapter_beside_its_base(tmp_path):
     told = '{"peft_type": "LORA", "r": 24, "base_model_name_or_path": "org/base"%s}'
     (adapter / "adapter_config.json").write_text(told % "")
     assert vllm_command(str(adapter)) == (
-        f"vllm serve org/base --enable-lora --lora-modules mine={adapter} --max-lora-rank 24"
+        f"vllm serve org/base --enable-lora --lora-modules mine={adapter} --max-lora-rank 32"
     )
-    (adapter / "adapter_config.json").write_text(told % ', "use_dora": true')
-    with pytest.raises(ModelError, match=r"plain LoRA adapters alone\. Merge it"):
-        vllm_command(str(adapter))
+    (adapter / "chat_template.jinja").touch()
+    assert vllm_command(str(adapter)).endswith(f" --chat-template {adapter}/chat_template.jinja")
+    for more, said in (
+        (', "use_dora": true', "use_dora"),
+        (', "trainable_token_indices": [7]', "trainable_token_indices"),
+        (', "rank_pattern": {"q_proj": 600}', "a rank over 512"),
+    ):
+        (adapter / "adapter_config.json").write_text(told % more)
+        with pytest.raises(ModelError, match=f"this one has {said}.*Merge it"):
+            vllm_command(str(adapter))
+
+
+def test_vllm_is_not_told_of_half_a_chain(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(
+            '{"peft_type": "LORA", "r": 8, "base_model_name_or_path": "org/base"}'
+        )
+    (tmp_path / "second" / ARGUMENTS).write_text(json.dumps({"merged_before": [str(tmp_path / "first")]}))
+    with pytest.raises(ModelError, match="adapters merged before it"):
+        vllm_command(str(tmp_path / "second"))
 
 
 # ---- the command
 
 
-def test_a_trained_adapter_is_merged_into_what_is_exported(workplace):
+@pytest.mark.parametrize("bits", [[], ["--load_in_4bit", "true"]], ids=["whole base", "trained on 4 bits"])
+def test_a_trained_adapter_is_merged_into_what_is_exported(workplace, bits):
     from peft import LoraConfig, get_peft_model
 
     from tunesmith.recipe import load_for_model
@@ -327,7 +355,7 @@ def test_a_trained_adapter_is_merged_into_what_is_exported(workplace):
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained("model"), config).eval()
     model.save_pretrained("adapter")
-    recipe = load_for_model("model", flags=["--checkpoint_dir", "adapter"], task="chat")
+    recipe = load_for_model("model", flags=["--checkpoint_dir", "adapter", *bits], task="chat")
     delivery.export(recipe, workplace / "a.gguf", to="gguf", kind="f32", name="mine")
     read = AutoModelForCausalLM.from_pretrained(workplace, gguf_file="a.gguf", dtype=torch.float32).eval()
     torch.testing.assert_close(logits(read), logits(model), rtol=1e-3, atol=1e-4)
@@ -339,6 +367,8 @@ def test_a_trained_adapter_is_merged_into_what_is_exported(workplace):
         (["export", "model"], "output: name the GGUF file"),
         (["export", "model", "a.gguf", "--to", "gguff"], "unknown --to 'gguff'. Did you mean 'gguf'?"),
         (["export", "model", "model"], "is a folder. Name a file"),
+        (["export", "model", "recipe.yaml", "--to", "ollama"], "recipe.yaml cannot be made"),
+        (["export", "model", "a.gguf", "--type", "q4"], "type: expected one of f16"),
     ],
 )
 def test_mistakes_at_the_command_are_sentences(workplace, words, said):

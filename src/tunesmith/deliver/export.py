@@ -1,6 +1,7 @@
 """A trained model for other programs: a GGUF file, that and a Modelfile for Ollama, or vLLM's command."""
 
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,13 +16,19 @@ from transformers import AutoModelForCausalLM
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
 from tunesmith.deliver.compare import differences, logits_of, probe_ids
-from tunesmith.deliver.gguf_file import TYPES, family_of, library, rope, splitter_of, write_gguf
+from tunesmith.deliver.gguf_file import check_kind, library, rope, write_gguf
 from tunesmith.deliver.modelfile import modelfile
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.evaluate.generate import stop_token_ids
 from tunesmith.lookup import lookup
-from tunesmith.model.chain import ADAPTER_CONFIG, adapter_base, read_json
+from tunesmith.model.chain import ADAPTER_CONFIG, adapter_base, read_json, with_earlier
+from tunesmith.runs import write_text
 
+MODELFILE = "Modelfile"
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as the largest rank (`MaxLoRARanks` in its config/lora.py)."""
+BEYOND_PLAIN = ("use_dora", "modules_to_save", "trainable_token_indices")
+"""Options of an adapter that vLLM does not serve."""
 TOLERANCE = {"f32": 1e-4, "f16": 2e-2, "bf16": 1e-1, "q8_0": 1e-1}
 """Largest difference of any logit that rounding may make, as a share of the largest logit."""
 
@@ -41,7 +48,6 @@ def export_gguf(
     Raises: ConfigError where `output` is in the way; ModelError for what cannot be written exactly.
     """
     check_place(output, overwrite)
-    check_exportable(model, tokenizer, kind)
     staged = output.with_name(f".{output.name}.staged")  # what a killed export left is written over
     rows = probe_ids(tokenizer, model.get_input_embeddings().weight.shape[0])
     try:
@@ -82,20 +88,17 @@ def export_ollama(
     system: str | None = None,
 ) -> dict[str, Any]:
     """A folder with the GGUF file and a Modelfile; otherwise as `export_gguf`."""
-    if output.is_file():
-        raise ConfigError(f"output: {output} is a file. Name a folder.")
-    output.mkdir(parents=True, exist_ok=True)
-    place = output / "Modelfile"
-    if place.exists() and not overwrite:
-        raise ConfigError(f"output: {place} exists. Add --overwrite or choose another folder.")
-    file = output / f"{name}.{kind}.gguf"
+    place = output / MODELFILE
+    check_place(place, overwrite)
+    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"  # Ollama's names, and files, hold nothing else
+    file = output / f"{plain}.{kind}.gguf"
     found = export_gguf(model, tokenizer, file, kind=kind, name=name, overwrite=overwrite, console=console)
     stops = [tokenizer.decode([token]) for token in stop_token_ids(model, tokenizer)]
     text, said = modelfile(file.name, tokenizer, stops, system)
-    place.write_text(text, encoding="utf-8")
+    write_text(place, text)
     if said:
         console.out(f"{place}: {said}", highlight=False)
-    console.out(f"ollama create {shlex.quote(name)} -f {shlex.quote(str(place))}", highlight=False)
+    console.out(f"ollama create {plain} -f {shlex.quote(str(place))}", highlight=False)
     return found | {"modelfile": str(place)}
 
 
@@ -105,25 +108,35 @@ def vllm_command(folder: str) -> str:
     if not (Path(folder) / ADAPTER_CONFIG).is_file():
         return shlex.join(["vllm", "serve", folder, "--served-model-name", name])
     config = read_json(Path(folder) / ADAPTER_CONFIG)
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
+    more = [option for option in BEYOND_PLAIN if config.get(option)]
+    more += ["adapters merged before it"] * (len(with_earlier([folder])) > 1)
+    ranks = [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]
+    limit = next((rank for rank in VLLM_RANKS if rank >= max(ranks)), None)
+    if config.get("peft_type") != "LORA" or more or limit is None:
+        what = ", ".join(more) or ("a rank over 512" if limit is None else str(config.get("peft_type")))
         raise ModelError(
-            f"{folder}: vLLM takes plain LoRA adapters alone. Merge it (tunesmith merge {folder} OUTPUT), and serve "
-            "what comes out."
+            f"{folder}: vLLM takes plain LoRA adapters alone, and this one has {what}. Merge it (tunesmith merge "
+            f"{folder} OUTPUT), and serve what comes out."
         )
     words = ["vllm", "serve", str(adapter_base(folder)), "--enable-lora", "--lora-modules", f"{name}={folder}"]
-    return shlex.join([*words, "--max-lora-rank", str(config["r"])])
+    words += ["--max-lora-rank", str(limit)]
+    template = Path(folder) / "chat_template.jinja"
+    return shlex.join([*words, *(["--chat-template", str(template)] if template.is_file() else [])])
 
 
 EXPORTS: dict[str, Callable[..., dict[str, Any]]] = {"gguf": export_gguf, "ollama": export_ollama}
 """Name → what writes it."""
 
 
-def check_exportable(model: nn.Module, tokenizer: Any, kind: str) -> None:
-    """Raise before anything is written."""
+def check_asked(output: Path | None, *, to: str, kind: str, overwrite: bool) -> Path:
+    """`output`, if it can be written there; raises ConfigError before a model is loaded for nothing."""
+    lookup(EXPORTS, to, "--to")
     library()
-    lookup(dict.fromkeys(TYPES), kind, "type")
-    family_of(model.config.get_text_config())
-    splitter_of(tokenizer)
+    check_kind(kind)
+    if output is None:
+        raise ConfigError(f"output: name {'the GGUF file' if to == 'gguf' else 'the folder'} that is to be written.")
+    check_place(output / MODELFILE if to == "ollama" else output, overwrite)
+    return output
 
 
 def check_place(output: Path, overwrite: bool) -> None:

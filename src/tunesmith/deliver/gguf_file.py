@@ -68,8 +68,7 @@ def write_gguf(model: nn.Module, tokenizer: Any, path: Path, *, kind: str, name:
     Raises: ConfigError for an unknown `kind`; ModelError for models and tokenizers that cannot be written exactly.
     """
     gguf = library()
-    if kind not in TYPES:
-        raise ConfigError(f"type: expected one of {', '.join(TYPES)}, got '{kind}'.")
+    check_kind(kind)
     config = model.config.get_text_config()
     family, splitter = family_of(config), splitter_of(tokenizer)
     writer = gguf.GGUFWriter(path, family.architecture)
@@ -94,6 +93,12 @@ def write_gguf(model: nn.Module, tokenizer: Any, path: Path, *, kind: str, name:
             writer.write_tensor_data(gguf.quants.quantize(values, gguf.GGMLQuantizationType[own.upper()]))
     finally:
         writer.close()
+
+
+def check_kind(kind: str) -> None:
+    """Raise ConfigError for what is none of `TYPES`."""
+    if kind not in TYPES:
+        raise ConfigError(f"type: expected one of {', '.join(TYPES)}, got '{kind}'.")
 
 
 def library() -> Any:
