@@ -21,6 +21,8 @@ TILE_BYTES = {"cpu": 2 * 2**20}
 """Float32 logits that the softmax works on at once, per thread on a CPU, where they stay in its cache."""
 OTHER_TILE_BYTES = 128 * 2**20
 """The same for devices whose kernels want large pieces."""
+PIECE_BYTES = 2**20
+"""Of a 16-bit weight gradient, that a CPU forms at once: what is turned over next to it must still be in its cache."""
 
 NLL, LOSS, CORRECT, ENTROPY = range(4)
 """Rows of a (4, N) table: what is known of each trained position, before weights."""
@@ -170,10 +172,13 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def empty_gradients(given: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Where the gradients of hidden, weight and bias go: the first in its own type, sums over rows in float32."""
-    hidden = torch.empty_like(given[0]) if wanted[0] else None
-    sums = [torch.zeros_like(given[i], dtype=torch.float32) if wanted[i] else None for i in (1, 2)]
-    return [hidden, *sums]
+    """Where the gradients of hidden, weight and bias go: the first in its own type, sums over rows in float32.
+
+    The first block of rows overwrites them, so only a batch without rows needs zeros.
+    """
+    types = (None, torch.float32, torch.float32)
+    make = torch.empty_like if len(given[0]) else torch.zeros_like
+    return [make(one, dtype=dtype) if want else None for one, dtype, want in zip(given, types, wanted)]
 
 
 class Wanted(NamedTuple):
@@ -268,11 +273,12 @@ def add_gradients(
     """
     grad_hidden, grad_weight, grad_bias = grads
     column = None if scale is None else scale.unsqueeze(1)
+    first = part.start == 0
     if grad_bias is not None:
-        grad_bias += (error if column is None else error * column).sum(0, dtype=torch.float32)
+        _put(grad_bias, (error if column is None else error * column).sum(0, dtype=torch.float32), first)
     if grad_weight is not None:
         # weighting the short side (C, H) instead of the long one (C, V)
-        _add_product(grad_weight, error, rows if column is None else (rows * column).to(rows.dtype))
+        _put_product(grad_weight, error, rows if column is None else (rows * column).to(rows.dtype), first)
     if grad_hidden is None:
         return None
     product = error @ weight
@@ -280,12 +286,31 @@ def add_gradients(
     return product
 
 
-def _add_product(total: Tensor, error: Tensor, rows: Tensor) -> None:
-    """Total (V, H) float32 += error.T (V, C) @ rows (C, H), in one pass where the types allow."""
+def _put_product(total: Tensor, error: Tensor, rows: Tensor, first: bool) -> None:
+    """Total (V, H) float32 = or += error.T (V, C) @ rows (C, H)."""
     if error.dtype == torch.float32:
-        total.addmm_(error.t(), rows)
+        torch.addmm(total, error.t(), rows, beta=0 if first else 1, out=total)
+    elif error.device.type != "cpu":
+        _put(total, error.t() @ rows, first)
     else:
-        total.add_(error.t() @ rows)
+        # oneDNN takes twice as long if the long matrix is the transposed one, so the result is turned over instead
+        columns, size = rows.t().contiguous(), columns_per_piece(rows)
+        for begin in range(0, len(total), size):
+            piece = slice(begin, begin + size)
+            _put(total[piece], (columns @ error[:, piece]).t(), first)
+
+
+def columns_per_piece(rows: Tensor) -> int:
+    """Columns of (H, V) that fill `PIECE_BYTES`, a multiple of 32."""
+    return max(1, PIECE_BYTES // (32 * rows.shape[1] * rows.element_size())) * 32
+
+
+def _put(total: Tensor, part: Tensor, first: bool) -> None:
+    """Begin a sum with its first part, or add another; no part is converted as a whole before it is added."""
+    if first:
+        total.copy_(part)
+    else:
+        total.add_(part)
 
 
 def summed(table: Tensor, weights: Tensor | None, kind: LossKind) -> tuple[Tensor, ...]:
