@@ -8,6 +8,7 @@ from peft import LoraConfig
 
 from tests.train.rows import assert_same, first_gradients, make_trainer, reference_gradients, token_rows
 from tunesmith.errors import ConfigError
+from tunesmith.model import turned_linear
 from tunesmith.model.compiled import compiler, separate_layers
 from tunesmith.train import compiling
 from tunesmith.train.compiling import LONG_RUN, planned_tokens
@@ -35,6 +36,26 @@ def test_compiled_layers_equal_a_plain_loop(make_tiny_model, byte_tokenizer, tmp
     assert (
         len(separate_layers(trainer.model)) == trainer.model.config.num_hidden_layers
     )  # outside they are as they were
+
+
+@needs_compiler
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_in_bfloat16_turn_their_weight_gradients(
+    make_tiny_model, byte_tokenizer, tmp_path, monkeypatch, checkpointing
+):
+    monkeypatch.setattr(turned_linear, "has_tiles", lambda: True)
+    rows = token_rows(prefix=PREFIX, weights=True)
+    found = {}
+    for name, compiles in {"turned": True, "plain": False}.items():
+        options = {"bf16": True, "gradient_checkpointing": checkpointing, "compile_layers": compiles}
+        trainer = make_trainer(make_tiny_model(intermediate_size=96), byte_tokenizer, rows, tmp_path / name, **options)
+        found[name] = first_gradients(trainer)
+        layers = trainer._compiled.linears if compiles else ()
+        assert {layer.weight.shape for layer, _ in layers} == ({(96, 32), (32, 96), (16, 32)} if compiles else set())
+    exact = reference_gradients(make_tiny_model(intermediate_size=96), rows)[1]
+    for name, gradient in exact.items():
+        errors = [float((found[way][1][name] - gradient).norm() / gradient.norm()) for way in ("turned", "plain")]
+        assert errors[0] < 0.02 + 1.2 * errors[1], name
 
 
 @needs_compiler

@@ -3,14 +3,16 @@
     layer.forward ── torch.compile ──► [norm, q k v, rope] ─ attention as it is ─ [o, residual, norm, MLP, residual]
 
 All layers of a model share one compiled form, for any number of tokens. Attention stays out of it: its loop over
-documents would be compiled anew for every batch. Weights, names and checkpoints are untouched, and outside
-`CompiledLayers.run` the model is as it was.
+documents would be compiled anew for every batch. Linear layers that train form their weight gradients as
+`turned_linear` does. Weights, names and checkpoints are untouched, and outside `CompiledLayers.run` the model is as it
+was.
 """
 
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunesmith.model.attention import NAME, document_attention
+from tunesmith.model.turned_linear import gains, turned_forward
 
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -31,16 +34,18 @@ class CompiledLayers:
         self.layers: list[tuple[nn.Module, Callable]] = [
             (layer, torch.compile(layer.forward, dynamic=True)) for layer in separate_layers(model)
         ]
+        inside = (module for layer, _ in self.layers for module in layer.modules())
+        self.linears = [(module, MethodType(turned_forward, module)) for module in inside if gains(module)]
 
     @contextmanager
     def run(self) -> Iterator[None]:
         """Inside, the layers run compiled. Cover the backward pass too, for gradient checkpointing."""
         try:
-            for layer, forward in self.layers:
+            for layer, forward in [*self.layers, *self.linears]:
                 layer.forward = forward
             yield
         finally:
-            for layer, _ in self.layers:
+            for layer, _ in [*self.layers, *self.linears]:
                 layer.__dict__.pop("forward", None)
 
 

@@ -17,7 +17,7 @@ from tunesmith.lookup import lookup
 
 LOGITS_BYTES = 250 * 10**6
 """Largest block of logits held at once; matrix products want many rows at a time."""
-TILE_BYTES = {"cpu": 2 * 2**20}
+TILE_BYTES = {"cpu": 2**20}
 """Float32 logits that the softmax works on at once, per thread on a CPU, where they stay in its cache."""
 OTHER_TILE_BYTES = 128 * 2**20
 """The same for devices whose kernels want large pieces."""
@@ -256,10 +256,9 @@ def softmax_tile(logits: Tensor, targets: Tensor, kind: LossKind, wanted: Wanted
         table[ENTROPY] = (log_total - scores.clamp_(min=-200.0).mul_(powers).sum(-1, keepdim=True) / total).squeeze(1)
     if wanted.error:
         share = smoothing / logits.shape[1]
-        if smoothing:
-            torch.sub(powers.div_(total), share, out=logits)
-        else:
-            torch.div(powers, total, out=logits)
+        probabilities = powers.div_(total)
+        # one pass that computes and one that rounds: torch takes longer for both at once
+        logits.copy_(probabilities.sub_(share) if smoothing else probabilities)
         # probability - 1 at the target, without the rounding of a subtraction
         logits.scatter_(1, targets, (torch.expm1(-nll) + (smoothing - share)).to(logits.dtype))
 
