@@ -49,6 +49,27 @@ def test_where_addresses_are_limited_the_heap_stays_as_it_is():
     assert heap_after(limited) == [True, 0, 0]
 
 
-def test_a_limit_set_later_leaves_what_malloc_has(monkeypatch):
+def test_a_run_short_of_memory_gives_large_blocks_back():
+    code = """
+import ctypes
+from tunesmith import allocator
+allocator.tune()
+assert allocator.save_memory()
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+before, size = resident(), 128 * 2**20
+blocks = [libc.malloc(size) for _ in range(2)]
+for block in blocks:
+    ctypes.memset(block, 1, size)
+full = resident()
+libc.free(blocks[0])  # the other stands behind it, in a heap it could not be given back
+print(full - before > 1.9 * size, full - resident() > 0.9 * size)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": "src"})
+    assert done.stdout == "True True\n", done.stderr
+
+
+def test_strict_overcommit_counts_addresses(monkeypatch):
     monkeypatch.setattr("pathlib.Path.read_text", lambda _path: "2\n")
     assert allocator.addresses_count()

@@ -73,7 +73,10 @@ def save_memory() -> bool:
     Kept blocks leave holes that glibc 2.36 does not fill again: SmolLM2-135M under gradient checkpointing held 3.9 GB
     for 0.8 GB in use (docs/log.md).
     """
-    return is_wanted() and told_malloc({M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: LARGE_BYTES})
+    told = is_wanted() and told_malloc({M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: LARGE_BYTES})
+    if told:
+        ctypes.CDLL(None).malloc_trim(0)  # while the heap has addresses left, malloc takes large blocks from there
+    return told
 
 
 def is_wanted() -> bool:
