@@ -236,7 +236,8 @@ def logit_bytes(model: nn.Module, shape: Shape, trained_tokens: int, product: in
     vocabulary = weight.shape[0]
     block = min(trained_tokens, rows_per_block(vocabulary, product)) * vocabulary * product
     tile = TILE_BYTES.get(device, 0) * torch.get_num_threads() * (product < FLOAT32)
-    own = weight.numel() * product * ((product < weight.element_size()) + weight.requires_grad * (product < FLOAT32))
+    whole_product = weight.requires_grad and product < FLOAT32 and device != "cpu"  # CPUs form it in small pieces
+    own = weight.numel() * product * ((product < weight.element_size()) + whole_product)
     return block + tile + own + 2 * trained_tokens * shape.hidden * FLOAT32
 
 
