@@ -94,7 +94,7 @@ def test_blocks_cover_every_query_once_and_see_all_before_it():
         ({"lengths": (769,)}, False),
         ({"lengths": (30, 30, 400)}, True),
         ({"dtype": torch.float32}, False),
-        ({"tiles": False}, False),
+        ({"half_products": False}, False),
         ({"window": 100}, False),
         ({"window": 200}, True),
         ({"dropout": 0.1}, False),
@@ -102,7 +102,7 @@ def test_blocks_cover_every_query_once_and_see_all_before_it():
 )
 def test_where_it_is_taken(monkeypatch, case, chosen):
     lengths = case.get("lengths", (100, 200))
-    monkeypatch.setattr(attention, "has_tiles", lambda: case.get("tiles", True))
+    monkeypatch.setattr(attention, "has_half_products", lambda: case.get("half_products", True))
     calls = []
     monkeypatch.setattr(ProductAttention, "apply", lambda *given: calls.append(given) or given[0])
     tensors = states(lengths, dtype=case.get("dtype", torch.bfloat16))
@@ -118,7 +118,7 @@ def test_where_it_is_taken(monkeypatch, case, chosen):
 
 
 def test_the_answer_is_laid_out_as_the_model_wants_it(monkeypatch):
-    monkeypatch.setattr(attention, "has_tiles", lambda: True)
+    monkeypatch.setattr(attention, "has_half_products", lambda: True)
     tensors = states((100, 200), dtype=torch.bfloat16)
     found, weights = document_attention(nn.Module(), *tensors, None, document_lengths=(100, 200))
     assert weights is None

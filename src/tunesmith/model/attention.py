@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from tunesmith.model.product_attention import LONGEST, MEAN, ProductAttention, has_tiles
+from tunesmith.model.product_attention import LONGEST, MEAN, ProductAttention, has_half_products
 
 NAME = "tunesmith_documents"
 HALF = (torch.float16, torch.bfloat16)
@@ -77,7 +77,7 @@ def document_attention(
 
 def suit_products(value: Tensor, lengths: tuple[int, ...], window: int | None) -> bool:
     """Whether documents with these values, (1, kv_heads, T, D), attend fastest by `ProductAttention`."""
-    if value.dtype != torch.bfloat16 or value.device.type != "cpu" or not has_tiles():
+    if value.dtype != torch.bfloat16 or value.device.type != "cpu" or not has_half_products():
         return False
     longest = max(lengths)
     return longest <= LONGEST and sum(lengths) >= MEAN * len(lengths) and not (window and longest > window)

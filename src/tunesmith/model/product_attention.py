@@ -1,10 +1,11 @@
-"""Causal attention within documents as plain matrix products, for CPUs that multiply bfloat16 in tiles (AMX).
+"""Causal attention within documents as plain matrix products, for CPUs that multiply bfloat16 (AMX, AVX512_BF16).
 
     scores = q · kᵀ in float32 ── softmax of what each query sees ──► shares in bfloat16 ── shares · v ──► attended
     backward: four products in bfloat16, from the shares, which are kept
 
-torch's flash kernel forms the scores a second time instead, in products that do not reach the tiles; for documents of
-some hundred tokens it takes up to a third longer (docs/log.md). Heads that share a key are rows of one product.
+torch's flash kernel forms the scores a second time instead, in products that do not reach the tiles: for documents of
+some hundred tokens it takes up to a third longer, on CPUs without tiles twice as long (docs/log.md). Heads that share
+a key are rows of one product.
 """
 
 from collections.abc import Iterator
@@ -25,8 +26,14 @@ STEP = 32
 
 @cache
 def has_tiles() -> bool:
-    """Whether this CPU has AMX; without it nothing has been measured."""
+    """Whether this CPU multiplies bfloat16 in tiles (AMX)."""
     return torch.cpu._is_amx_tile_supported()
+
+
+@cache
+def has_half_products() -> bool:
+    """Whether this CPU multiplies bfloat16 at all, in tiles or in vectors; no other has been measured."""
+    return has_tiles() or torch.cpu._is_avx512_bf16_supported()
 
 
 class ProductAttention(torch.autograd.Function):
