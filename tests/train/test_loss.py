@@ -191,8 +191,11 @@ def test_without_gradients_the_sums_are_the_same(head_type):
             torch.testing.assert_close(ours, theirs, check_dtype=False)
 
 
+@pytest.mark.parametrize("tiles", [True, False], ids=["turned", "as it is"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_autocast_multiplies_in_bfloat16_and_sums_in_float32(kind):
+def test_autocast_multiplies_in_bfloat16_and_sums_in_float32(monkeypatch, kind, tiles):
+    monkeypatch.setattr(losses, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(losses, "PIECE_BYTES", 1)  # several pieces
     torch.manual_seed(0)
     head = nn.Linear(H, V, bias=False)
     hidden, targets, scale = inputs(True)

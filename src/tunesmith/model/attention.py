@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from tunesmith.model.product_attention import LONGEST, MEAN, ProductAttention, has_half_products
+from tunesmith.model.instructions import has_half_products
+from tunesmith.model.product_attention import LONGEST, MEAN, ProductAttention
 
 NAME = "tunesmith_documents"
 HALF = (torch.float16, torch.bfloat16)

@@ -24,18 +24,6 @@ STEP = 32
 """Products have multiples of this many rows and columns: for every new shape oneDNN compiles, for 1 to 5 ms."""
 
 
-@cache
-def has_tiles() -> bool:
-    """Whether this CPU multiplies bfloat16 in tiles (AMX)."""
-    return torch.cpu._is_amx_tile_supported()
-
-
-@cache
-def has_half_products() -> bool:
-    """Whether this CPU multiplies bfloat16 at all, in tiles or in vectors; no other has been measured."""
-    return has_tiles() or torch.cpu._is_avx512_bf16_supported()
-
-
 class ProductAttention(torch.autograd.Function):
     """Attention of documents that stand end to end, `count` of them beginning with the first `tokens` of the first.
 

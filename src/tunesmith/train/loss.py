@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tunesmith.errors import ConfigError
 from tunesmith.lookup import lookup
+from tunesmith.model.instructions import has_tiles
 
 LOGITS_BYTES = 250 * 10**6
 """Largest block of logits held at once; matrix products want many rows at a time."""
@@ -292,11 +293,12 @@ def _put_product(total: Tensor, error: Tensor, rows: Tensor, first: bool) -> Non
     elif error.device.type != "cpu":
         _put(total, error.t() @ rows, first)
     else:
-        # oneDNN takes twice as long if the long matrix is the transposed one, so the result is turned over instead
-        columns, size = rows.t().contiguous(), columns_per_piece(rows)
+        # with tiles oneDNN takes twice as long if the long matrix is the transposed one: the result is turned instead
+        columns, size = rows.t().contiguous() if has_tiles() else None, columns_per_piece(rows)
         for begin in range(0, len(total), size):
-            piece = slice(begin, begin + size)
-            _put(total[piece], (columns @ error[:, piece]).t(), first)
+            piece = error[:, begin : begin + size]
+            part = piece.t() @ rows if columns is None else (columns @ piece).t()
+            _put(total[begin : begin + size], part, first)
 
 
 def columns_per_piece(rows: Tensor) -> int:
