@@ -3,12 +3,12 @@
     python -m benchmarks.cpu_lora MODEL_FOLDER alpaca_en_demo.json --rounds 5
 
 TRL as installed by `pip install tunesmith[bench]`: its defaults; in float32 without checkpointing; and tuned, which is
-float32, packed. Nothing else may run on the machine.
+packed, in float32 and in bfloat16. Nothing else may run on the machine.
 """
 
 from benchmarks.pairs import main
 
-SIDES = ("tunesmith", "tunesmith_fp32", "trl", "trl_fp32", "trl_tuned", "plain")
+SIDES = ("tunesmith", "tunesmith_fp32", "trl", "trl_fp32", "trl_tuned", "trl_tuned_bf16", "plain")
 
 if __name__ == "__main__":
     main("cpu_lora", __doc__, "lora", SIDES)

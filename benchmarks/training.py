@@ -132,6 +132,7 @@ def with_a_plain_loop(options: argparse.Namespace, *, bf16: bool = False) -> dic
     return with_speed(figures, options.untimed)
 
 
+TUNED = {"gradient_checkpointing": False, "packing": True, "per_device_train_batch_size": 2}
 LONG_RUN = {"compile_layers": True}
 """What tunesmith chooses by itself for a run of more than some minutes, which these few steps stand for."""
 SIDES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
@@ -139,13 +140,13 @@ SIDES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "tunesmith_fp32": lambda options: with_tunesmith(options, bf16=False, **LONG_RUN),
     "trl": with_trl,
     "trl_fp32": lambda options: with_trl(options, bf16=False, gradient_checkpointing=False),
-    "trl_tuned": lambda options: with_trl(
-        options, bf16=False, gradient_checkpointing=False, packing=True, per_device_train_batch_size=2
-    ),
+    "trl_tuned": lambda options: with_trl(options, bf16=False, **TUNED),
+    "trl_tuned_bf16": lambda options: with_trl(options, bf16=True, **TUNED),
     "plain": with_a_plain_loop,
     "plain_bf16": lambda options: with_a_plain_loop(options, bf16=True),
 }
-"""`trl` has TRL's defaults: bfloat16 and checkpointing; `trl_tuned` packs 2 rows of `max_length` into a step."""
+"""`trl` has TRL's defaults: bfloat16 and checkpointing; `trl_tuned` and `trl_tuned_bf16` pack 2 rows of
+`max_length` into a step; which of them is the faster depends on the machine."""
 
 
 def watched(options: argparse.Namespace) -> dict[str, Any]:
