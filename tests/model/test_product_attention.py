@@ -90,8 +90,10 @@ def test_blocks_cover_every_query_once_and_see_all_before_it():
         ({}, True),
         ({"lengths": (96,)}, True),
         ({"lengths": (95,)}, False),
-        ({"lengths": (768,)}, True),
-        ({"lengths": (769,)}, False),
+        ({"lengths": (768,), "tiles": True}, True),
+        ({"lengths": (769,), "tiles": True}, False),
+        ({"lengths": (1024,)}, True),
+        ({"lengths": (1025,)}, False),
         ({"lengths": (30, 30, 400)}, True),
         ({"dtype": torch.float32}, False),
         ({"half_products": False}, False),
@@ -103,6 +105,7 @@ def test_blocks_cover_every_query_once_and_see_all_before_it():
 def test_where_it_is_taken(monkeypatch, case, chosen):
     lengths = case.get("lengths", (100, 200))
     monkeypatch.setattr(attention, "has_half_products", lambda: case.get("half_products", True))
+    monkeypatch.setattr(product_attention, "has_tiles", lambda: case.get("tiles", False))
     calls = []
     monkeypatch.setattr(ProductAttention, "apply", lambda *given: calls.append(given) or given[0])
     tensors = states(lengths, dtype=case.get("dtype", torch.bfloat16))

@@ -7,15 +7,15 @@ from peft import LoraConfig
 from benchmarks.memory import in_a_process
 from tests.real import FOLDER, needs_model
 from tests.train.rows import make_trainer, token_rows
+from tunesmith.model import attention
 from tunesmith.model.adapt import attach
 from tunesmith.model.attention import attention_configs, documents_attend
 from tunesmith.train.memory import Batch, Memory, activation_bytes, estimate, shape_of
 
-LENGTHS = (24, 40)
 LORA = {"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
-def kept_bytes(model, *, bf16: bool) -> int:
+def kept_bytes(model, lengths, *, bf16: bool) -> int:
     """Bytes of what autograd keeps of one forward pass of the layers, each storage once, weights left out."""
     weights = {one.untyped_storage().data_ptr() for one in model.parameters()}
     kept = {}
@@ -26,12 +26,12 @@ def kept_bytes(model, *, bf16: bool) -> int:
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, or its place is used again
         return tensor
 
-    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     inputs = {
-        "input_ids": torch.arange(sum(LENGTHS)).unsqueeze(0),
-        "position_ids": torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0),
+        "input_ids": (torch.arange(sum(lengths)) % 64).unsqueeze(0),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
         "use_cache": False,
-        "document_lengths": LENGTHS,
+        "document_lengths": lengths,
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
     }
@@ -45,16 +45,19 @@ def kept_bytes(model, *, bf16: bool) -> int:
     return sum(size for size, _ in kept.values())
 
 
+@pytest.mark.parametrize("products", [False, True], ids=["kernel", "products"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-def test_the_terms_of_a_layer_are_what_autograd_keeps(make_tiny_model, bf16, adapter):
+def test_the_terms_of_a_layer_are_what_autograd_keeps(make_tiny_model, monkeypatch, bf16, adapter, products):
     """Between two depths, so that what is not of a layer falls out."""
-    kept, told = [], []
+    monkeypatch.setattr(attention, "has_half_products", lambda: products)
+    lengths = (300, 130) if products else (24, 40)
+    batch, kept, told = Batch(sum(lengths), 0, lengths), [], []
     for layers in (2, 4):
         model = make_tiny_model(num_hidden_layers=layers, hidden_size=96, intermediate_size=208, num_attention_heads=6)
         model = attach(model, LoraConfig(**LORA)) if adapter else model
-        kept.append(kept_bytes(model, bf16=bf16))
-        told.append(activation_bytes(model, shape_of(model), sum(LENGTHS), 2 if bf16 else 4, False, "cpu")[0])
+        kept.append(kept_bytes(model, lengths, bf16=bf16))
+        told.append(activation_bytes(model, shape_of(model), batch, 2 if bf16 else 4, False, "cpu")[0])
     assert told[1] - told[0] == pytest.approx(kept[1] - kept[0], rel=0.03)
 
 

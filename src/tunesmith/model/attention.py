@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from tunesmith.model.instructions import has_half_products
-from tunesmith.model.product_attention import LONGEST, MEAN, ProductAttention
+from tunesmith.model.product_attention import MEAN, ProductAttention, longest_document
 
 NAME = "tunesmith_documents"
 HALF = (torch.float16, torch.bfloat16)
@@ -63,7 +63,7 @@ def document_attention(
             raise NotImplementedError(f"document attention has no {name}")
     if query.is_cuda and torch.is_autocast_enabled("cuda"):  # rope leaves queries and keys in float32
         query, key, value = (one.to(torch.get_autocast_dtype("cuda")) for one in (query, key, value))
-    if dropout == 0.0 and suit_products(value, document_lengths, sliding_window):
+    if dropout == 0.0 and suit_products(value.dtype, value.device.type, document_lengths, sliding_window):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         states = (states[0].transpose(0, 1) for states in (query, key, value))
         output = ProductAttention.apply(*states, document_lengths, shared_prefix, scale).unsqueeze(0)
@@ -76,12 +76,12 @@ def document_attention(
     return output, None
 
 
-def suit_products(value: Tensor, lengths: tuple[int, ...], window: int | None) -> bool:
-    """Whether documents with these values, (1, kv_heads, T, D), attend fastest by `ProductAttention`."""
-    if value.dtype != torch.bfloat16 or value.device.type != "cpu" or not has_half_products():
+def suit_products(dtype: torch.dtype, device: str, lengths: tuple[int, ...], window: int | None = None) -> bool:
+    """Whether documents with values of this type attend fastest by `ProductAttention`."""
+    if dtype != torch.bfloat16 or device != "cpu" or not has_half_products():
         return False
     longest = max(lengths)
-    return longest <= LONGEST and sum(lengths) >= MEAN * len(lengths) and not (window and longest > window)
+    return longest <= longest_document() and sum(lengths) >= MEAN * len(lengths) and not (window and longest > window)
 
 
 def looped_documents(

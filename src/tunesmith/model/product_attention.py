@@ -16,12 +16,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LONGEST, MEAN = 768, 96
-"""Where this is the fastest way: no document has more tokens, nor the mean document fewer."""
+from tunesmith.model.instructions import has_tiles
+
+MEAN = 96
+"""Tokens of a mean document from which on this is the fastest way."""
+LONGEST, LONGEST_IN_TILES = 1024, 768
+"""Tokens of a document up to which it is worth it: without tiles for what the shares take of memory, with them it is
+slower beyond."""
 BLOCK = 192
 """Queries that attend at once, about; what none of them sees is not computed."""
 STEP = 32
 """Products have multiples of this many rows and columns: for every new shape oneDNN compiles, for 1 to 5 ms."""
+
+
+def longest_document() -> int:
+    """Tokens up to which documents attend this way on this machine."""
+    return LONGEST_IN_TILES if has_tiles() else LONGEST
 
 
 class ProductAttention(torch.autograd.Function):
@@ -136,6 +146,12 @@ def blocks(document: Document) -> Iterator[tuple[int, int, int, int]]:
         end = min(begin + size, document.end)
         first = document.ahead + begin - document.begin
         yield begin, end, first, rounded(first + end - begin)
+
+
+def share_values(lengths: tuple[int, ...], heads: int) -> int:
+    """How many shares are kept for the backward pass."""
+    parts = (part for document in documents(lengths, (0, 0)) for part in blocks(document))
+    return heads * sum(rounded(end - begin) * seen for begin, end, _first, seen in parts)
 
 
 def rounded(rows: int) -> int:

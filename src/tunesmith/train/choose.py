@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from torch import nn
@@ -181,12 +182,22 @@ def largest_batch(dataset: Any, args: SFTConfig) -> Batch:
     ids = dataset.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
     lengths = pc.list_value_length(ids).to_numpy()
     longest = lengths.argsort(kind="stable")[::-1][:rows]
-    padded = args.padding_free is False and len(longest)
-    tokens = len(longest) * int(lengths[longest[0]]) if padded else int(lengths[longest].sum())
+    if args.padding_free is False and len(longest):
+        tokens, documents = len(longest) * int(lengths[longest[0]]), ()
+    else:
+        tokens, documents = int(lengths[longest].sum()), document_lengths(dataset, lengths, longest)
     if "labels" not in dataset.column_names:
-        return Batch(tokens, tokens)
+        return Batch(tokens, tokens, documents)
     labels = dataset.select_columns(["labels"]).with_format(None).select(longest.tolist())["labels"]
-    return Batch(tokens, sum(label != IGNORE_INDEX for row in labels for label in row))
+    return Batch(tokens, sum(label != IGNORE_INDEX for row in labels for label in row), documents)
+
+
+def document_lengths(dataset: datasets.Dataset, lengths: np.ndarray, rows: np.ndarray) -> tuple[int, ...]:
+    """Tokens of each document of these rows: of each row, or of each that a packed one holds."""
+    if "seq_lengths" not in dataset.column_names:
+        return tuple(lengths[rows].tolist())
+    packed = dataset.select_columns(["seq_lengths"]).with_format(None).select(rows.tolist())["seq_lengths"]
+    return tuple(length for row in packed for length in row)
 
 
 def products_of(args: SFTConfig, model: nn.Module) -> str:

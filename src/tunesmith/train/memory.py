@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from tunesmith.model.adapt import decoder_layers, has_adapter
+from tunesmith.model.attention import suit_products
 from tunesmith.model.capabilities import output_head, resident_bytes
+from tunesmith.model.product_attention import share_values
 from tunesmith.model.shape import Shape, embeddings_of, layer_products, shape_of
 from tunesmith.train.loss import TILE_BYTES, active_module, rows_per_block
 
@@ -40,6 +42,8 @@ class Batch(NamedTuple):
     """Positions that the layers run over, padding too."""
     trained: int
     """Of them those whose next token is trained: the head runs at no other."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of each of its documents, where rows tell."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def estimate(
     product = 2 if bf16 else residual_bytes(model)
     weights = weight_bytes(model)
     loaded = 0.0 if is_meta(model) else weights
-    kept, again = activation_bytes(model, shape, batch.tokens, product, checkpointing, device)
+    kept, again = activation_bytes(model, shape, batch, product, checkpointing, device)
     logits = logit_bytes(model, shape, batch.trained, product, device)
     return Memory(
         weights=weights,
@@ -186,22 +190,25 @@ def layer_terms(shape: Shape, *, product: int, attention: int, casts: bool, norm
 
 
 def activation_bytes(
-    model: nn.Module, shape: Shape, tokens: int, product: int, checkpointing: bool, device: str
+    model: nn.Module, shape: Shape, batch: Batch, product: int, checkpointing: bool, device: str
 ) -> tuple[float, float]:
     """What the layers hold at the end of the forward pass, and what one holds that checkpointing runs again later."""
+    tokens, by_products = batch.tokens, forms_products(batch, product, device)
     products = layer_products(decoder_layers(model))
     read = [layer for layer in products if layer.weight.requires_grad or hasattr(layer, "lora_A")]
     norms = any(one.requires_grad and one.dim() == 1 for one in decoder_layers(model).parameters())
     terms = layer_terms(
         shape,
         product=product,
-        attention=FLOAT32 if device == "cpu" else product,  # model/attention.py: short documents in float32
+        # model/attention.py: otherwise short documents attend in float32
+        attention=FLOAT32 if device == "cpu" and not by_products else product,
         casts=product < residual_bytes(model),
         norms=norms,
         inputs=len(read) / max(1, len(products)),
     )
     ranks = sum(one.shape[0] for name, one in model.named_parameters() if "lora_A" in name) * product
     layer = tokens * (sum(terms.values()) + ranks / shape.layers)
+    layer += product * share_values(batch.lengths, shape.heads) if by_products else 0
     copies = copied_bytes(model, product)
     around = 3 * tokens * shape.hidden * FLOAT32  # the last norm and what it gives
     layers = layers_with_gradients(model)
@@ -210,6 +217,11 @@ def activation_bytes(
     passed_back = tokens * (2 * shape.hidden + 4 * shape.inner) * product
     cached = copies if any(one.weight.requires_grad for one in products) else copies / shape.layers
     return tokens * shape.hidden * residual_bytes(model) * layers + cached + around, layer + passed_back
+
+
+def forms_products(batch: Batch, product: int, device: str) -> bool:
+    """Whether documents of this batch attend by products, and so keep their shares."""
+    return bool(batch.lengths) and product == 2 and suit_products(torch.bfloat16, device, batch.lengths)
 
 
 def layers_with_gradients(model: nn.Module) -> int:
