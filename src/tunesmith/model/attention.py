@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from tunesmith.model.instructions import has_half_products
+from tunesmith.model.cpu import has_half_products
 from tunesmith.model.product_attention import MEAN, ProductAttention, longest_document
 
 NAME = "tunesmith_documents"

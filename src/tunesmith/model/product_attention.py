@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tunesmith.model.instructions import has_tiles
+from tunesmith.model.cpu import has_tiles
 
 MEAN = 96
 """Tokens of a mean document from which on this is the fastest way."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tunesmith.model.instructions import has_tiles
+from tunesmith.model.cpu import has_tiles
 
 SQUARE = 1024
 """Layers of about as many outputs as inputs gain where they have at least this many."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tunesmith.errors import ConfigError
 from tunesmith.lookup import lookup
-from tunesmith.model.instructions import has_tiles
+from tunesmith.model.cpu import has_tiles
 
 LOGITS_BYTES = 250 * 10**6
 """Largest block of logits held at once; matrix products want many rows at a time."""
