@@ -329,7 +329,7 @@ def test_precision_is_chosen_and_said(make_tiny_model, byte_tokenizer, tmp_path,
 def test_checkpointing_is_turned_on_where_activations_would_not_fit(
     make_tiny_model, byte_tokenizer, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("tunesmith.model.capabilities.free_bytes", lambda device: 1.0)
+    monkeypatch.setattr("tunesmith.model.main_memory.free_bytes", lambda: 1.0)
     trainer = make_trainer(make_tiny_model(), byte_tokenizer, token_rows(), tmp_path)
     assert trainer.args.gradient_checkpointing
     assert_same(first_gradients(trainer), reference_gradients(make_tiny_model(), token_rows()))

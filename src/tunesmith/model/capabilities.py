@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tunesmith.model import main_memory
 from tunesmith.model.attention import attention_configs, documents_attend
 from tunesmith.model.quantize import rows_apart
 
@@ -196,42 +196,8 @@ def _seconds_of(run: Callable[[], Any], device_type: str) -> float:
     return time.perf_counter() - begin
 
 
-def free_bytes(device: torch.device) -> float:
-    """Memory that is free on `device`, in this container on a CPU; infinite where nobody can say."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return min(_kibibytes("/proc/meminfo", "MemAvailable"), _free_in_container())
-
-
-def resident_bytes() -> float:
-    """Main memory that this process holds now; 0 where nobody can say."""
-    held = _kibibytes("/proc/self/status", "VmRSS")
-    return held if held < float("inf") else 0.0
-
-
 def usable_bytes(device: torch.device) -> float:
-    """Memory that this process could hold in all: what it holds already and what is free."""
+    """Memory of `device` that this process could hold in all; infinite where nobody can say."""
     if device.type == "cuda":
-        return free_bytes(device) + torch.cuda.memory_reserved(device)
-    own = _kibibytes("/proc/self/status", "RssAnon")  # pages of files count as free already
-    return free_bytes(device) + (own if own < float("inf") else 0.0)
-
-
-def _kibibytes(path: str, name: str) -> float:
-    """The value of a line such as `MemAvailable:  123 kB`, in bytes; infinite where there is none."""
-    try:
-        with open(path, encoding="ascii", errors="replace") as lines:
-            return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-    except (OSError, StopIteration):
-        return float("inf")
-
-
-def _free_in_container() -> float:
-    """What a memory limit of this control group leaves free; infinite where there is none (or only version 1's)."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((folder / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
-        pages = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
-        return float(int(limit) - int(used) + int(pages["inactive_file"]))
-    except (OSError, ValueError, KeyError):  # "max" is no number
-        return float("inf")
+        return float(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
+    return main_memory.usable_bytes()

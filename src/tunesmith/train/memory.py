@@ -9,7 +9,8 @@ from torch import nn
 
 from tunesmith.model.adapt import decoder_layers, has_adapter
 from tunesmith.model.attention import suit_products
-from tunesmith.model.capabilities import output_head, resident_bytes
+from tunesmith.model.capabilities import output_head
+from tunesmith.model.main_memory import resident_bytes
 from tunesmith.model.product_attention import share_values
 from tunesmith.model.shape import Shape, embeddings_of, layer_products, shape_of
 from tunesmith.train.loss import TILE_BYTES, active_module, rows_per_block
