@@ -1,6 +1,9 @@
 """Compiled layers train as the layers do: the same loss, the same gradients, the same run again."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +12,8 @@ from peft import LoraConfig
 from tests.train.rows import assert_same, first_gradients, make_trainer, reference_gradients, token_rows
 from tunesmith.errors import ConfigError
 from tunesmith.model import turned_linear
-from tunesmith.model.compiled import compiler, separate_layers
+from tunesmith.model.compiled import compiler, keep_apart, separate_layers
+from tunesmith.model.cpu import instructions
 from tunesmith.train import compiling
 from tunesmith.train.compiling import LONG_RUN, planned_tokens
 
@@ -187,3 +191,31 @@ def test_the_trial_moves_no_generator_and_leaves_no_gradient(make_tiny_model, by
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in weights.items())
+
+
+NORM = """
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from tunesmith.model.compiled import keep_apart
+keep_apart()
+norm, states = LlamaRMSNorm(64), torch.randn(1, 48, 64, generator=torch.Generator().manual_seed(0))
+print(torch.allclose(torch.compile(norm.forward, dynamic=True)(states), norm(states), atol=1e-5))
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a CPU with AVX-512")
+def test_what_was_compiled_for_other_instructions_is_not_used(tmp_path):
+    for capability in ("avx512", "avx2"):
+        variables = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": capability}
+        environment = {**os.environ, "PYTHONPATH": "src", **variables}
+        done = subprocess.run([sys.executable, "-c", NORM], capture_output=True, text=True, env=environment)
+        assert done.stdout == "True\n", done.stderr
+    assert [folder.name.split("-")[0] for folder in sorted(tmp_path.iterdir())] == ["avx2", "avx512"]
+
+
+def test_the_cache_is_inside_the_folder_that_a_person_chose(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for _ in range(2):
+        keep_apart()
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / instructions())

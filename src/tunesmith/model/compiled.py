@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import MethodType
 
 import torch
@@ -20,6 +21,7 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunesmith.model.attention import NAME, document_attention
+from tunesmith.model.cpu import instructions
 from tunesmith.model.turned_linear import gains, turned_forward
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -29,6 +31,7 @@ class CompiledLayers:
     """The compiled forward passes of a model's decoder layers; nothing is compiled before they first run."""
 
     def __init__(self, model: nn.Module):
+        keep_apart()
         AttentionInterface.register(NAME, torch.compiler.disable(document_attention))
         self.model = model
         self.layers: list[tuple[nn.Module, Callable]] = [
@@ -47,6 +50,19 @@ class CompiledLayers:
         finally:
             for layer, _ in [*self.layers, *self.linears]:
                 layer.__dict__.pop("forward", None)
+
+
+def keep_apart() -> None:
+    """Have Inductor's cache in a folder of this CPU's instructions, inside the one that the person or torch chose.
+
+    Its keys do not name them (torch 2.13). Loops written for AVX-512 and found again where torch uses AVX2 leave half
+    of their values unwritten, and machine code that it was native to may end the process on another CPU.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folder = Path(cache_dir())
+    if folder.name != instructions():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / instructions())
 
 
 def separate_layers(model: nn.Module) -> list[nn.Module]:
