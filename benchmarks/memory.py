@@ -33,7 +33,7 @@ def main() -> None:
     """Measure every case and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--cases", nargs="+", default=[*CASES, "qlora,bf16,8x300"])
+    parser.add_argument("--cases", nargs="+", default=CASES)
     parser.add_argument("--here", help="run one case in this process and print its figures as JSON")
     options = parser.parse_args()
     if options.here:

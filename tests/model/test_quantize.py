@@ -360,12 +360,17 @@ def test_queries_stay_in_half_precision_unlike_after_pefts_preparation(folder, o
 
 # trainer: H5
 def test_four_bit_layers_multiply_in_the_precision_of_the_run(folder):
-    model = load(folder)
+    model, seen = load(folder), []
     before = model(IDS).logits
-    assert multiply_in(model, torch.bfloat16) == 14
+    assert multiply_in(model, torch.bfloat16) == multiply_in(model, torch.bfloat16) == 14
+    layer = model.model.layers[0].mlp.up_proj
+    assert len(layer._forward_pre_hooks) == 1
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         after = model(IDS).logits
     assert 0 < (after - before).abs().max() < 0.05 * before.abs().max()
+    assert model(IDS).logits.dtype == torch.float32  # as `generate` runs it, outside of autocast
+    assert seen == [torch.bfloat16, torch.float32]
 
 
 # ---- afterwards
