@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tunesmith.model import attention
 from tunesmith.model.attention import document_attention, documents_attend, groups_below_limit, window_mask
@@ -152,3 +153,23 @@ def test_a_model_attends_this_way_only_inside(tiny_model):
     with pytest.raises(RuntimeError, match="boom"):
         fail_inside()
     assert tiny_model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "window", "repeated"), [("float32", None, True), ("bfloat16", 3, True), ("bfloat16", None, False)]
+)
+def test_key_heads_are_repeated_where_no_fast_kernel_of_a_gpu_shares_them(monkeypatch, dtype, window, repeated):
+    """Pretended tensors on a GPU: torch would take the kernel that keeps all scores."""
+    seen = {}
+
+    def note(query, key, value, **options):
+        seen.update(options, heads=key.shape[1])
+        return query
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", note)
+    monkeypatch.setattr(attention, "window_mask", lambda *where: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        shapes = ((1, 4, 8, 16), (1, 2, 8, 16), (1, 2, 8, 16))
+        states = [torch.empty(shape, dtype=getattr(torch, dtype), device="cuda") for shape in shapes]
+        attention.attend_document(*states, None, 0.0, window)
+    assert (seen["heads"], seen["enable_gqa"]) == ((4, False) if repeated else (2, True))

@@ -1,6 +1,8 @@
 """4- and 8-bit bases on the CPU: they load, keep documents apart, pass exact gradients, and adapters on them learn."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests import tiny
 from tests.model.test_adapt import trained_gradients
-from tests.train.rows import assert_same, make_trainer, token_rows
+from tests.train.rows import assert_same, first_gradients, make_trainer, token_rows
 from tunesmith.config import ModelFields
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model import quantize
@@ -26,6 +28,7 @@ from tunesmith.model.quantize import (
     own_device,
     prepare_for_kbit_training,
     quantization_options,
+    require_input_grads,
     with_quantization_config,
 )
 
@@ -371,6 +374,39 @@ def test_four_bit_layers_multiply_in_the_precision_of_the_run(folder):
     assert 0 < (after - before).abs().max() < 0.05 * before.abs().max()
     assert model(IDS).logits.dtype == torch.float32  # as `generate` runs it, outside of autocast
     assert seen == [torch.bfloat16, torch.float32]
+
+
+def inputs_alive_after_a_forward_pass(model, use_reentrant: bool) -> int:
+    """How many of the inputs of `down_proj`, one a layer, checkpointing of this kind holds."""
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    require_input_grads(model, True, {"use_reentrant": use_reentrant})
+    seen = []
+    for name, layer in model.named_modules():
+        if name.endswith("down_proj.base_layer"):
+            layer.register_forward_hook(lambda module, inputs, output: seen.append(weakref.ref(inputs[0])))
+    output = model.train()(IDS, use_cache=False)
+    gc.collect()
+    assert output.logits.requires_grad
+    assert len(seen) == 2
+    return sum(reference() is not None for reference in seen)
+
+
+@pytest.mark.parametrize(("kind", "reentrant"), [("int8", True), ("nf4", False)])
+def test_checkpointing_holds_no_inputs_of_layers(folder, byte_tokenizer, tmp_path, kind, reentrant):
+    """bitsandbytes keeps inputs of 8-bit layers where only the reentrant kind lets go of them."""
+    rows, found = token_rows((12, 16)), []
+    for checkpointing in (True, False):
+        model = attach(load(folder, kind), LoraConfig(**LORA, init_lora_weights=False))
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.1)
+        trainer = make_trainer(model, byte_tokenizer, rows, tmp_path, gradient_checkpointing=checkpointing)
+        if checkpointing:
+            assert trainer.args.gradient_checkpointing_kwargs == {"use_reentrant": reentrant}
+        found.append(first_gradients(trainer))
+    assert_same(*found)
+    assert inputs_alive_after_a_forward_pass(attach(load(folder, kind), LoraConfig(**LORA)), reentrant) == 0
 
 
 # ---- afterwards

@@ -62,7 +62,8 @@ def first_gradients(trainer) -> tuple[float, dict[str, torch.Tensor]]:
     batches = iter(trainer.get_train_dataloader())
     samples, items = trainer.get_batch_samples(batches, trainer.args.gradient_accumulation_steps, trainer.args.device)
     trainer.current_gradient_accumulation_steps = len(samples)
-    loss = sum(trainer.training_step(trainer.model, sample, items).item() for sample in samples)
+    model = trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # under autocast, as `train` has it
+    loss = sum(trainer.training_step(model, sample, items).item() for sample in samples)
     named = trainer.model.named_parameters()
     return loss, {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
 

@@ -112,6 +112,20 @@ def test_a_batch_that_does_not_fit_is_made_smaller(tiny_model, byte_tokenizer, t
     assert counted[-1] == trainer.tokens_seen
 
 
+def test_parts_of_a_batch_come_to_the_device_as_the_batch_did(tiny_model, byte_tokenizer, tmp_path, monkeypatch):
+    """NEFTune reads them before the model's forward pass would bring them there."""
+    rows, prepared = datasets.Dataset.from_list(CHATS), []
+    trainer = make_trainer(tiny_model, byte_tokenizer, rows, tmp_path, neftune_noise_alpha=5.0, max_steps=1)
+    prepare, of = trainer._prepare_inputs, trainer._noise.of
+    monkeypatch.setattr(trainer, "_prepare_inputs", lambda inputs: prepared.append(prepare(inputs)) or prepared[-1])
+    read = []
+    monkeypatch.setattr(type(trainer._noise), "of", lambda noise, inputs: read.append(inputs) or of(inputs))
+    trainer.rows_at_once = 4
+    trainer.train()
+    assert len(read) == 2
+    assert all(any(inputs is one for one in prepared) for inputs in read)
+
+
 def test_dropping_the_last_batch_may_not_drop_the_only_one(tiny_model, byte_tokenizer, tmp_path):
     trainer = make_trainer(tiny_model, byte_tokenizer, CHATS[:3], tmp_path, dataloader_drop_last=True)
     with pytest.raises(ConfigError, match="dataloader_drop_last: 3 rows are fewer than the 8 of one batch"):

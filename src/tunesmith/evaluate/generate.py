@@ -23,6 +23,7 @@ from tunesmith.data.tokenize import tokenize
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.evaluate.sampling import is_plain_sampling, row_sampling, seeded
 from tunesmith.lookup import did_you_mean
+from tunesmith.model.mixed_types import types_joined
 
 DEFAULT_NEW_TOKENS = 256
 PROBE = "tunesmith"  # a text that a template passes through unchanged
@@ -331,6 +332,8 @@ def trimmed(answer: Sequence[int], config: GenerationConfig) -> list[int]:
 def answering(model: torch.nn.Module) -> Iterator[None]:
     """The model in evaluation mode, without gradients, its own generation config set aside; all comes back as it was.
 
+    Weights of several types are multiplied as in training (`types_joined`).
+
     transformers fills what a passed generation config leaves open from the model's, so sampling habits (`min_p`,
     `no_repeat_ngram_size`, ...) would slip in.
     `no_grad` and not `inference_mode`: what a model caches while it answers (rotary tables, masks) must still be
@@ -342,7 +345,7 @@ def answering(model: torch.nn.Module) -> Iterator[None]:
     try:
         for module, _ in own:
             module.generation_config = GenerationConfig()
-        with torch.no_grad():
+        with torch.no_grad(), types_joined(model):
             yield
     finally:
         for module in training:

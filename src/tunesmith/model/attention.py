@@ -147,6 +147,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
 
     The backward pass of the CPU's flash kernel takes two to three times as long in bfloat16 for short documents.
     """
+    if value.device.type == "cuda" and (value.dtype == torch.float32 or options["attn_mask"] is not None):
+        # only the flash kernel shares key heads, and it takes neither: torch would form all scores and keep them
+        key, value = (heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1) for heads in (key, value))
+        options["enable_gqa"] = False
     is_slow = value.device.type == "cpu" and value.dtype == torch.bfloat16 and query.shape[2] <= SHORT_DOCUMENT
     if not is_slow:
         return F.scaled_dot_product_attention(query, key, value, **options)

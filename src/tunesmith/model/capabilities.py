@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tunesmith.model import main_memory
 from tunesmith.model.attention import attention_configs, documents_attend
+from tunesmith.model.mixed_types import types_joined
 from tunesmith.model.quantize import rows_apart
 
 Layout = Literal["documents", "packed", "padded"]
@@ -42,7 +43,7 @@ def probe_model(model: nn.Module, *, lengths: tuple[int, int] = (5, 7), seed: in
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), rows_apart(model):
+        with torch.no_grad(), rows_apart(model), types_joined(model):
             expected, plain_head = _separate_logits(model, ids, lengths)
             support = _fastest_layout(model, ids, lengths, expected, plain_head)
             return support._replace(shares_prefix=_shares_prefix(model, ids, support))

@@ -179,6 +179,14 @@ def require_input_grads(model: nn.Module, gradient_checkpointing: bool, kwargs: 
     return bool(reentrant and frozen)
 
 
+def keeps_inputs(model: nn.Module) -> bool:
+    """Whether layers keep their inputs where the non-reentrant kind of checkpointing cannot let them go.
+
+    bitsandbytes (0.50) keeps those of 8-bit products on the autograd node itself, which outlives the first pass there.
+    """
+    return any(type(parameter).__name__ == "Int8Params" for parameter in model.parameters())
+
+
 def keep_differentiable(model: nn.Module) -> int:
     """Hold 4-bit weights in the layout that gradients pass through; returns how many were in the other one.
 

@@ -14,9 +14,10 @@ from tunesmith.model.sketch import sketch
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
 from tunesmith.steps.options import option, trainer_arguments, uses_cpu
-from tunesmith.train.choose import largest_batch, memory_of, products_of, settled
+from tunesmith.train.choose import memory_of, products_of, settled
+from tunesmith.train.largest import largest_batch
 from tunesmith.train.memory import Batch, Memory
-from tunesmith.train.reward import longest_pairs
+from tunesmith.train.reward import largest_pairs
 
 
 def memory_json(recipe: Recipe, rows: Any) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def told(recipe: Recipe, rows: Any) -> tuple[Any, Batch, str, Memory | None]:
     args = trainer_arguments(recipe, Run(option(recipe, "output_dir") or "unwritten", writes=False))
     model = sketch(recipe.model, use_cpu=uses_cpu(recipe))
     if recipe.run.stage == "rm" and hasattr(rows, "column_names"):
-        batch = Batch(longest_pairs(rows, args.per_device_train_batch_size), trained=0)
+        batch = largest_pairs(rows, args)
     else:
         batch = largest_batch(rows, args)
     args, _ = settled(args, model, None, batch)

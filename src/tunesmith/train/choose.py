@@ -5,9 +5,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
-import numpy as np
-import pyarrow.compute as pc
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -15,11 +12,16 @@ from transformers.trainer_utils import has_length
 from transformers.training_args import ParallelMode
 
 from tunesmith import allocator
-from tunesmith.data import IGNORE_INDEX
 from tunesmith.errors import ConfigError
 from tunesmith.model.adapt import has_adapter, hold_in_float32, upcast_trainable
-from tunesmith.model.capabilities import Support, bf16_is_faster, bf16_speedup, usable_bytes
-from tunesmith.model.quantize import hold_adapters_in, is_quantized, multiply_in, require_input_grads
+from tunesmith.model.capabilities import Support, bf16_is_faster, bf16_speedup, probe_model, usable_bytes
+from tunesmith.model.quantize import (
+    hold_adapters_in,
+    is_quantized,
+    keeps_inputs,
+    multiply_in,
+    require_input_grads,
+)
 from tunesmith.train.memory import Batch, Memory, estimate
 from tunesmith.train.options import SFTConfig, loading
 
@@ -62,7 +64,7 @@ def settled(
     if args.gradient_checkpointing and args.device.type == "cpu":
         allocator.save_memory()
     if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
-        args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        args.gradient_checkpointing_kwargs = {"use_reentrant": keeps_inputs(model)}
     if has_adapter(model):
         require_input_grads(model, args.gradient_checkpointing, args.gradient_checkpointing_kwargs)
     if (args.bf16 or args.fp16) and is_quantized(model):
@@ -156,6 +158,13 @@ def choose_checkpointing(args: SFTConfig, model: nn.Module, batch: Batch) -> str
     return f"gradient checkpointing: {said}, {batch.tokens:,} tokens in the largest micro-batch"
 
 
+def supported(args: SFTConfig, model: nn.Module) -> Support:
+    """What a check finds that `model` supports; on a GPU under training's autocast, whose kernel is not float32's."""
+    halves = args.device.type == "cuda" and bool(args.bf16 or args.fp16)
+    with torch.autocast("cuda", torch.float16 if args.fp16 else torch.bfloat16, enabled=halves):
+        return probe_model(model)
+
+
 def memory_of(args: SFTConfig, model: nn.Module, batch: Batch, *, checkpointing: bool | None = None) -> Memory | None:
     """What training `model` as `args` say takes; `None` if that cannot be told."""
     return estimate(
@@ -167,37 +176,6 @@ def memory_of(args: SFTConfig, model: nn.Module, batch: Batch, *, checkpointing:
         accumulates=args.gradient_accumulation_steps > 1,
         device=args.device.type,
     )
-
-
-def largest_batch(dataset: Any, args: SFTConfig) -> Batch:
-    """The largest micro-batch that can come up; all its tokens count as trained where rows do not tell."""
-    if args.tokens_per_batch is not None:
-        return Batch(args.tokens_per_batch, args.tokens_per_batch)
-    rows = args.per_device_train_batch_size
-    if not isinstance(dataset, datasets.Dataset) or "input_ids" not in dataset.column_names:
-        tokens = rows * (args.max_length or 1024)
-        return Batch(tokens, tokens)
-    if args.packing and args.max_length and "seq_lengths" not in dataset.column_names:  # they will be packed
-        return Batch(rows * args.max_length, rows * args.max_length)
-    ids = dataset.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
-    lengths = pc.list_value_length(ids).to_numpy()
-    longest = lengths.argsort(kind="stable")[::-1][:rows]
-    if args.padding_free is False and len(longest):
-        tokens, documents = len(longest) * int(lengths[longest[0]]), ()
-    else:
-        tokens, documents = int(lengths[longest].sum()), document_lengths(dataset, lengths, longest)
-    if "labels" not in dataset.column_names:
-        return Batch(tokens, tokens, documents)
-    labels = dataset.select_columns(["labels"]).with_format(None).select(longest.tolist())["labels"]
-    return Batch(tokens, sum(label != IGNORE_INDEX for row in labels for label in row), documents)
-
-
-def document_lengths(dataset: datasets.Dataset, lengths: np.ndarray, rows: np.ndarray) -> tuple[int, ...]:
-    """Tokens of each document of these rows: of each row, or of each that a packed one holds."""
-    if "seq_lengths" not in dataset.column_names:
-        return tuple(lengths[rows].tolist())
-    packed = dataset.select_columns(["seq_lengths"]).with_format(None).select(rows.tolist())["seq_lengths"]
-    return tuple(length for row in packed for length in row)
 
 
 def products_of(args: SFTConfig, model: nn.Module) -> str:

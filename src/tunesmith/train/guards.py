@@ -186,7 +186,8 @@ class GuardedTrainer(CheckpointTrainer):
         parts = [rows[begin : begin + self.rows_at_once] for begin in range(0, len(rows), self.rows_at_once)]
         self.current_gradient_accumulation_steps *= len(parts)
         try:
-            losses = [self._one_pass(model, collate(part), num_items_in_batch) for part in parts]
+            on_device = (self._prepare_inputs(collate(part)) for part in parts)
+            losses = [self._one_pass(model, part, num_items_in_batch) for part in on_device]
         finally:
             self.current_gradient_accumulation_steps //= len(parts)
         return torch.stack(losses).sum()

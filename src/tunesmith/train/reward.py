@@ -27,16 +27,17 @@ from tunesmith.data.tokenize import tokenize
 from tunesmith.errors import CheckpointError, ConfigError, DataError
 from tunesmith.model.adapt import check_trainable, trainable_line
 from tunesmith.model.attention import attention_configs
-from tunesmith.model.capabilities import Support, probe_model
+from tunesmith.model.capabilities import Support
 from tunesmith.model.load import check_vocabulary
 from tunesmith.model.lora import save_plain_lora
 from tunesmith.model.value_head import RewardModel, ValueHead, has_head, read_head
 from tunesmith.runs import PREDICTIONS_FILE, write_text
 from tunesmith.train.arguments import check_ids, num_embeddings
-from tunesmith.train.choose import few_rows, memory_of, settled
+from tunesmith.train.choose import few_rows, memory_of, settled, supported
 from tunesmith.train.collate import FlatCollator, PaddedCollator
 from tunesmith.train.datasets import columns_of
 from tunesmith.train.evaluation import EvaluatingTrainer
+from tunesmith.train.largest import largest_rows
 from tunesmith.train.loaders import eval_batches, loader, train_batches
 from tunesmith.train.memory import Batch
 from tunesmith.train.options import SFTConfig, as_sft_config, explains_keywords, modernized
@@ -129,7 +130,7 @@ class RewardTrainer(EvaluatingTrainer):
         train_dataset = self._prepared("train_dataset", train_dataset)
         eval_dataset = self._prepared("eval_dataset", eval_dataset)
         if train_dataset is not None:
-            self.largest_batch = Batch(longest_pairs(train_dataset, args.per_device_train_batch_size), trained=0)
+            self.largest_batch = largest_pairs(train_dataset, args)
         args, lines = settled(args, base, None, self.largest_batch)
         self.memory = None if self.largest_batch is None else memory_of(args, base, self.largest_batch)
         self.choices += [*lines, *few_rows(args, train_dataset)]
@@ -169,7 +170,7 @@ class RewardTrainer(EvaluatingTrainer):
 
     def _probe(self) -> Support:
         """Find out how the language model may be fed, set the collator, and say what was chosen."""
-        args, support = self.args, probe_model(self.model.base)
+        args, support = self.args, supported(self.args, self.model.base)
         if args.padding_free and support.layout == "padded":
             raise ConfigError(f"padding_free: this model does not keep documents apart ({support.why}). Leave it out.")
         support = support._replace(layout="padded") if args.padding_free is False else support
@@ -430,11 +431,11 @@ def ready_pairs(name: str, dataset: Any, limit: int | None) -> datasets.Dataset:
     return table.add_column("first_difference", found)
 
 
-def longest_pairs(dataset: datasets.Dataset, count: int) -> int:
-    """Tokens in the largest batch of `count` pairs that can come up."""
+def largest_pairs(dataset: datasets.Dataset, args: SFTConfig) -> Batch:
+    """The largest micro-batch of pairs that will come up."""
     both = (dataset.with_format("numpy")[f"{side}_input_ids"] for side in SIDES)
-    lengths = sorted((len(chosen) + len(rejected) for chosen, rejected in zip(*both)), reverse=True)
-    return sum(lengths[:count])
+    lengths = np.array([len(chosen) + len(rejected) for chosen, rejected in zip(*both)], dtype=np.int64)
+    return Batch(int(lengths[largest_rows(lengths, args, dataset=dataset)].sum()), trained=0)
 
 
 # Scores of answers --------------------------------------------------------------------------------------------------

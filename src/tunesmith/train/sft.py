@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import datasets
-import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -18,7 +17,7 @@ from tunesmith.deliver.card import tag_model
 from tunesmith.errors import ConfigError
 from tunesmith.model.adapt import check_trainable, trainable_line, upcast_trainable
 from tunesmith.model.attention import attention_configs
-from tunesmith.model.capabilities import Support, probe_model
+from tunesmith.model.capabilities import Support
 from tunesmith.model.liger import apply_liger, check_liger, liger_options
 from tunesmith.model.load import check_vocabulary
 from tunesmith.model.quantize import is_quantized
@@ -31,12 +30,13 @@ from tunesmith.train.arguments import (
     num_embeddings,
     unless_default,
 )
-from tunesmith.train.choose import keeps_masters, largest_batch, memory_of, settled
+from tunesmith.train.choose import keeps_masters, memory_of, settled, supported
 from tunesmith.train.collate import FlatCollator, LocatedCollator
 from tunesmith.train.compiling import drops_out, plan_compiling
 from tunesmith.train.completion_only import DataCollatorForCompletionOnlyLM, LabelsForReport
 from tunesmith.train.datasets import prepared, prepared_mixture
 from tunesmith.train.generation import GeneratingTrainer
+from tunesmith.train.largest import largest_batch
 from tunesmith.train.loaders import (
     epoch_sampler,
     eval_batches,
@@ -143,7 +143,9 @@ class SFTTrainer(GeneratingTrainer):
         self._num_embeddings = num_embeddings(model)
         train_dataset = self._prepared("train_dataset", train_dataset)
         eval_dataset = self._prepared("eval_dataset", eval_dataset)
-        self.largest_batch = None if train_dataset is None else largest_batch(train_dataset, args)
+        if train_dataset is not None:
+            ours = self._own_batches or args.world_size == 1
+            self.largest_batch = largest_batch(train_dataset, args, drawn=ours)
         args, lines = settled(args, model, train_dataset, self.largest_batch)
         self.choices += lines
         self.memory = None if self.largest_batch is None else memory_of(args, model, self.largest_batch)
@@ -273,11 +275,8 @@ class SFTTrainer(GeneratingTrainer):
         """What the start-up check finds; a model that needs more than text may fail at it, if it need not be known."""
         if not hasattr(self.model, "get_input_embeddings"):
             return Support("padded", plain_head=False, why="a module of one's own")
-        on_gpu, halves = self.args.device.type == "cuda", bool(self.args.bf16 or self.args.fp16)
-        dtype = torch.float16 if self.args.fp16 else torch.bfloat16
         try:
-            with torch.autocast("cuda", dtype, enabled=on_gpu and halves):  # its kernel is another than float32's
-                return probe_model(self.model)
+            return supported(self.args, self.model)
         except Exception as error:
             if self._own_batches:
                 raise
