@@ -350,7 +350,8 @@ class Profile:
     def write(self, seconds: float) -> None:
         """The 25 most expensive kernels and host operations as text."""
         events = self.profiler.key_averages()
-        kernels = [event for event in events if event.device_type != torch.autograd.DeviceType.CPU]
+        on_device = (event for event in events if event.device_type != torch.autograd.DeviceType.CPU)
+        kernels = [event for event in on_device if not event.is_user_annotation]  # a range around kernels is none
         busy = sum(event.self_device_time_total for event in kernels) / 1e6 / 2
         shown = {"row_limit": 25, "max_name_column_width": 90}
         parts = [

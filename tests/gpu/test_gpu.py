@@ -239,7 +239,8 @@ def test_a_micro_step_never_waits_for_the_device(byte_tokenizer, tmp_path, optio
     )
     trainer.train()  # what is made once is made
     batches = iter(trainer.get_train_dataloader())
-    samples, items = trainer.get_batch_samples(batches, 1, trainer.args.device)
+    samples = [next(batches)]  # `get_batch_samples` gives none after the last step
+    items = trainer._get_num_items_in_batch(samples, trainer.args.device)
     trainer.current_gradient_accumulation_steps = 1
     trainer.training_step(trainer.model, samples[0], items)
     torch.cuda.synchronize()
