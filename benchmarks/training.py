@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.peak import peak_bytes
 
-RATES = {"full": 2e-5, "lora": 1e-4}
+RATES = {"full": 2e-5, "lora": 1e-4, "qlora": 1e-4}
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -75,7 +75,10 @@ def with_tunesmith(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
     from tunesmith import SFTConfig, SFTTrainer
 
     with tempfile.TemporaryDirectory() as folder:
-        args = SFTConfig(**common(options, folder), **more)
+        long_run = {
+            "compile_layers": options.mode != "qlora"
+        }  # chosen in runs of minutes, which these steps stand for
+        args = SFTConfig(**common(options, folder), **long_run, **more)
         rows = datasets.load_from_disk(options.rows)
         trainer = SFTTrainer(options.model, args, train_dataset=rows, peft_config=adapter(options))
         figures = timed(trainer, lambda: trainer.tokens_seen, options.untimed)
@@ -105,9 +108,10 @@ def with_a_plain_loop(options: argparse.Namespace, *, bf16: bool = False) -> dic
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    if options.mode == "lora":
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, **base(options))
+    if options.mode != "full":
         torch.manual_seed(0)
+        model.requires_grad_(False)
         model = get_peft_model(model, LoraConfig(**LORA))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rate, size = RATES[options.mode], options.rows_per_batch
@@ -133,11 +137,9 @@ def with_a_plain_loop(options: argparse.Namespace, *, bf16: bool = False) -> dic
 
 
 TUNED = {"gradient_checkpointing": False, "packing": True, "per_device_train_batch_size": 2}
-LONG_RUN = {"compile_layers": True}
-"""What tunesmith chooses by itself for a run of more than some minutes, which these few steps stand for."""
 SIDES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "tunesmith": lambda options: with_tunesmith(options, **LONG_RUN),
-    "tunesmith_fp32": lambda options: with_tunesmith(options, bf16=False, **LONG_RUN),
+    "tunesmith": with_tunesmith,
+    "tunesmith_fp32": lambda options: with_tunesmith(options, bf16=False),
     "trl": with_trl,
     "trl_fp32": lambda options: with_trl(options, bf16=False, gradient_checkpointing=False),
     "trl_tuned": lambda options: with_trl(options, bf16=False, **TUNED),
@@ -172,6 +174,7 @@ def common(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         "per_device_train_batch_size": options.rows_per_batch,
         "gradient_accumulation_steps": options.accumulate,
         "learning_rate": RATES[options.mode],
+        "model_init_kwargs": base(options) or None,
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
         "save_strategy": "no",
@@ -186,7 +189,16 @@ def adapter(options: argparse.Namespace) -> Any:
     """The peft config of the mode."""
     from peft import LoraConfig
 
-    return LoraConfig(**LORA) if options.mode == "lora" else None
+    return None if options.mode == "full" else LoraConfig(**LORA)
+
+
+def base(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the base of the mode: four bits that multiply in bfloat16, or none."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    return {"quantization_config": BitsAndBytesConfig(**four_bits)} if options.mode == "qlora" else {}
 
 
 def empty_figures() -> dict[str, list]:
