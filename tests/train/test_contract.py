@@ -1,6 +1,7 @@
 """What a checkpoint was trained with is held against the run that goes on from it; damage is never trained on."""
 
 import json
+import shutil
 
 import datasets
 import pytest
@@ -53,6 +54,8 @@ DIFFERENT = {
     "shorter": ({"max_steps": 3}, "max_steps: 4 in the checkpoint, 3 now"),
     "precision": ({"bf16": True}, "precision: float32 in the checkpoint, bfloat16 now"),
     "loss": ({"loss_type": "dft"}, "loss_type: nll in the checkpoint, dft now"),
+    "padding": ({"ignore_pad_token_for_loss": False}, "ignore_pad_token_for_loss: True in the checkpoint, False now"),
+    "optimizer's own": ({"optim_args": "eps=1e-7"}, "optim_args: None in the checkpoint, eps=1e-7 now"),
 }
 
 
@@ -78,6 +81,9 @@ def test_another_tokenizer_template_or_adapter_is_refused(run, lora_run, tmp_pat
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
     with pytest.raises(CheckpointError, match=r"adapter\.r: 4 in the checkpoint, 8 now"):
         go_on(lora_run, tmp_path, lora={"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"})
+    dropped = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "lora_dropout": 0.5}
+    with pytest.raises(CheckpointError, match=r"adapter\.lora_dropout: 0\.0 in the checkpoint, 0\.5 now"):
+        go_on(lora_run, tmp_path, lora=dropped)
     with pytest.raises(CheckpointError, match=r"adapter: .* now"):
         go_on(lora_run, tmp_path)
 
@@ -208,3 +214,14 @@ def test_a_checkpoint_holds_no_pickled_arguments_and_no_secrets(tmp_path, monkey
     for path in files:
         if path.suffix in (".pt", ".pth") and path.name != "rng_state.pth":
             torch.load(path, weights_only=True)
+
+
+def test_a_checkpoint_of_an_earlier_version_does_not_tell_every_term(run, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(run, folder)
+    path = folder / "checkpoint-2" / "run_state.json"
+    state = json.loads(path.read_text())
+    del state["terms"]["loss"]["reward_loss"]
+    path.write_text(json.dumps(state))
+    seal(folder / "checkpoint-2")
+    assert go_on(folder, tmp_path).state.global_step == 4

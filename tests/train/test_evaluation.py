@@ -6,6 +6,7 @@ import torch
 
 from tests.train.rows import make_trainer, reference_gradients, token_rows
 from tunesmith.errors import ConfigError
+from tunesmith.train.options import SFTConfig
 from tunesmith.train.sft import SFTTrainer
 
 CHATS = [
@@ -115,3 +116,53 @@ def test_evaluation_in_training_keeps_the_training_mode(make_tiny_model, byte_to
     assert len(evaluations) == 2
     assert evaluations[1]["eval_loss"] < evaluations[0]["eval_loss"]
     assert torch.is_grad_enabled()
+
+
+# rows and losses where logits are asked for --------------------------------------------------------------------------
+
+
+def own_loss(outputs, labels, num_items_in_batch=None):
+    """Mean cross entropy of a padded batch."""
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=-100)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_metrics_of_logits_change_no_loss_whatever_the_batch_size(
+    make_tiny_model, byte_tokenizer, tmp_path, own, streamed
+):
+    rows = token_rows((40, 4, 14, 6, 31, 5, 8, 17, 2, 9))
+    found = []
+    for metrics in (None, lambda prediction: {"rows": len(prediction.label_ids)}):
+        for size in (1, 4, 10):
+            trainer = SFTTrainer(
+                make_tiny_model(),
+                SFTConfig(
+                    str(tmp_path), per_device_eval_batch_size=size, bf16=False, use_cpu=True, report_to="none",
+                    disable_tqdm=True, save_strategy="no",
+                ),
+                train_dataset=rows,
+                eval_dataset=rows.to_iterable_dataset() if streamed else rows,
+                processing_class=byte_tokenizer,
+                compute_metrics=metrics,
+                compute_loss_func=own_loss if own else None,
+            )  # fmt: skip
+            found.append(trainer.evaluate())
+    losses = [one["eval_loss"] for one in found]
+    assert losses == pytest.approx([losses[0]] * 6, rel=1e-5)
+    assert [one["eval_rows"] for one in found[3:]] == [10, 10, 10]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dataloader_drop_last": True}, {"train_sampling_strategy": "group_by_length"}, {"packing": True}],
+)
+def test_predictions_are_of_every_row_in_its_order(make_tiny_model, byte_tokenizer, tmp_path, options):
+    rows = token_rows((40, 4, 14, 6, 31, 5, 8, 17, 2, 9))
+    options = {"per_device_eval_batch_size": 4, "max_length": 64, **options}
+    trainer = make_trainer(make_tiny_model(), byte_tokenizer, rows, tmp_path, **options)
+    labels = trainer.predict(rows).label_ids
+    assert [[token for token in row if token != -100] for row in labels.tolist()] == [
+        [token for token in row if token != -100] for row in rows["labels"]
+    ]

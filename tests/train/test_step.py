@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.train.rows import make_trainer, reference_gradients, token_rows
+from tests.train.rows import assert_same, first_gradients, make_trainer, reference_gradients, token_rows
 from tunesmith.data import IGNORE_INDEX
 from tunesmith.errors import ConfigError
+from tunesmith.train.options import SFTConfig
+from tunesmith.train.sft import SFTTrainer
 
 
 def logged(trainer) -> list[dict]:
@@ -122,3 +124,27 @@ def test_a_step_that_trains_no_token_is_said(make_tiny_model, byte_tokenizer, tm
     assert [record.message for record in caplog.records if "is trained" in record.message] == [
         "step 1: none of the tokens since the last log line is trained"
     ]
+
+
+class WithLogits(SFTTrainer):
+    """As many subclasses do: the reference's own `compute_loss` asks for outputs."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("more", [{}, {"loss_type": "dft"}, {"label_smoothing_factor": 0.3}])
+@pytest.mark.parametrize(("size", "accumulate"), [(4, 1), (1, 4)])
+def test_a_loss_with_outputs_is_the_loss_without(make_tiny_model, byte_tokenizer, tmp_path, size, accumulate, more):
+    found = []
+    for cls, batch in ((SFTTrainer, (4, 1)), (WithLogits, (size, accumulate))):
+        args = SFTConfig(
+            str(tmp_path), use_cpu=True, bf16=False, save_strategy="no", train_sampling_strategy="sequential",
+            per_device_train_batch_size=batch[0], gradient_accumulation_steps=batch[1], disable_tqdm=True, **more,
+        )  # fmt: skip
+        trainer = cls(
+            make_tiny_model(), args, train_dataset=token_rows((60, 4, 5, 6)), processing_class=byte_tokenizer
+        )
+        found.append(first_gradients(trainer))
+    assert_same(found[1], found[0])

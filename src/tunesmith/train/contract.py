@@ -32,9 +32,18 @@ ALLOWABLE = {
 }
 """Term → what happens where `resume_allow` names it."""
 PACKAGES = ("torch", "transformers", "peft")
-OPTIMIZER = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
-LOSS = ("loss_type", "label_smoothing_factor", "neftune_noise_alpha", "router_aux_loss_coef")
-ADAPTER = ("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora", "bias")
+OPTIMIZER = (
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("optim_args", "loraplus_lr_ratio"),
+)
+LOSS = (
+    *("loss_type", "label_smoothing_factor", "neftune_noise_alpha", "router_aux_loss_coef"),
+    *("ignore_pad_token_for_loss", "reward_loss"),
+)
+ADAPTER = (
+    *("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora", "bias"),
+    *("lora_dropout", "rank_pattern", "alpha_pattern"),
+)
 ROWS_AT_ONCE = 10_000
 SAMPLED_ROWS = 64
 
@@ -65,7 +74,7 @@ def terms(trainer: Any) -> dict[str, Any]:
             "order": args.train_sampling_strategy,
             "drop_last": args.dataloader_drop_last,
         },
-        "loss": {name: getattr(args, name) for name in LOSS},
+        "loss": {name: getattr(args, name, None) for name in LOSS},
         "precision": "float16" if args.fp16 else "bfloat16" if args.bf16 else "float32",
         "processes": args.world_size,
         "versions": {"tunesmith": __version__, **{name: metadata.version(name) for name in PACKAGES}},
@@ -82,8 +91,9 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[
     """
     check_allowed(allowed)
     refused, accepted = [], []
+    now = {name: as_far_as_known(saved[name], value) for name, value in now.items() if name in saved}
     for name in now:
-        if name not in saved or saved[name] == now[name]:
+        if saved[name] == now[name]:
             continue
         lines = [
             f"{key}: {old} in the checkpoint, {new} now" for key, old, new in differences(name, saved[name], now[name])
@@ -95,6 +105,13 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[
     if refused:
         raise CheckpointError(refusal(refused, checkpoint))
     return accepted
+
+
+def as_far_as_known(old: Any, new: Any) -> Any:
+    """`new` without what a checkpoint of an earlier tunesmith does not tell."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return new
+    return {key: value for key, value in new.items() if key in old}
 
 
 def check_allowed(allowed: Sequence[str]) -> None:

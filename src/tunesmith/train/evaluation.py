@@ -66,11 +66,6 @@ class EvaluatingTrainer(TokenTrainer):
         with undisturbed(self.model, self.args.device):
             return super().predict(test_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
 
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """Padded rows: predictions are handed out row by row."""
-        with self._padded_batches():
-            return super().get_test_dataloader(test_dataset)
-
     @contextmanager
     def _padded_batches(self):
         """Inside, batches are padded rows, unless the caller brought a collator."""
@@ -104,18 +99,17 @@ class EvaluatingTrainer(TokenTrainer):
     ) -> EvalLoopOutput:
         """The sums over all batches, with all logits too where somebody asked for them; one forward either way."""
         self._sums = self._no_sums()
-        if prediction_loss_only if prediction_loss_only is not None else self.args.prediction_loss_only:
-            output = EvalLoopOutput(None, None, {}, num_samples=self._sum(dataloader))
-        else:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+        with self._own_loss_weighed():
+            if prediction_loss_only if prediction_loss_only is not None else self.args.prediction_loss_only:
+                output = EvalLoopOutput(None, None, {}, num_samples=self._sum(dataloader))
+            else:
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
         sums = self.accelerator.reduce(self._sums, "sum").tolist()
         if sums[1] == 0 and not self.has_own_loss and description == "Evaluation":
             raise ConfigError("the evaluation set has no trained token, so it has no loss.")
         figures = figures_of(*sums)
-        if self.has_own_loss and output.predictions is not None:
-            figures = {name: figures[name] for name in figures.keys() - {"loss", "perplexity"}}  # the loop's stays
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
 
@@ -128,7 +122,7 @@ class EvaluatingTrainer(TokenTrainer):
         batches = 0
         for model, inputs in self._evaluated(dataloader):
             if self.has_own_loss:
-                self._add_own(model, inputs)
+                self.prediction_step(model, inputs, prediction_loss_only=True)
             else:
                 with torch.no_grad(), self._attention(inputs), self.compute_loss_context_manager():
                     found, _ = self._token_loss(model, inputs, metrics=True)
@@ -136,6 +130,27 @@ class EvaluatingTrainer(TokenTrainer):
             batches += 1
         rows = dataloader.dataset
         return len(rows) if has_length(rows) else batches * self.args.eval_batch_size * self.args.world_size
+
+    @contextmanager
+    def _own_loss_weighed(self) -> Iterator[None]:
+        """Inside, a person's loss of each batch is summed, weighed by its trained tokens: no batch size changes it."""
+        step = self.prediction_step
+
+        def weighed(model: nn.Module, inputs: dict[str, Any], *how: Any, **options: Any) -> Any:
+            before, inputs = self._sums[:2].clone(), self._prepare_inputs(inputs)
+            with self._attention(inputs):
+                found = step(model, inputs, *how, **options)
+            if found[0] is not None:
+                weight = step_weight(inputs)
+                self._sums[:2] = before + stacked((found[0].detach() * weight, weight), before)
+            return found
+
+        try:
+            if self.has_own_loss:
+                self.prediction_step = weighed
+            yield
+        finally:
+            self.__dict__.pop("prediction_step", None)
 
     def _evaluated(self, dataloader: DataLoader) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
         """Each batch on the device, with the model in evaluation mode; callbacks hear of each that is done."""
@@ -152,14 +167,6 @@ class EvaluatingTrainer(TokenTrainer):
         count = loss_request(inputs).targets.numel()
         weight = step_weight(inputs) if count else 0.0
         self._sums += stacked((found.loss, weight, found.correct, found.entropy, count), self._sums)
-
-    def _add_own(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """The loss that a person's function gives for the batch, weighed by its trained tokens."""
-        before = self._sums[:2].clone()
-        with self._attention(inputs):
-            loss = self.prediction_step(model, inputs, prediction_loss_only=True)[0]
-        weight = step_weight(inputs)
-        self._sums[:2] = before + stacked((loss.detach() * weight, weight), before)
 
     def _loss_with_logits(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None

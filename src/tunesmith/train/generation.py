@@ -106,14 +106,14 @@ class GeneratingTrainer(EvaluatingTrainer):
         Rows keep their order and are not packed. A row that training would drop is left out (`trainer.reports`);
         to answer prompts without answers use `evaluate.predict.predict`.
         """
-        if not self._writes:
-            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
         packing, self.args.eval_packing = self.args.eval_packing, False
         try:
             with self._decoding_as(gen_kwargs):
                 output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
         finally:
             self.args.eval_packing = packing
+        if not self._writes:
+            return output
         found = WrittenAnswers(*output)
         found.prompts = [row.prompt for row in self._written]
         return found
@@ -145,10 +145,6 @@ class GeneratingTrainer(EvaluatingTrainer):
     @property
     def _writes(self) -> bool:
         return bool(self.args.predict_with_generate) and not self.args.prediction_loss_only
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """The batches of `evaluate` where answers are written: nobody asks for logits then."""
-        return self.get_eval_dataloader(test_dataset) if self._writes else super().get_test_dataloader(test_dataset)
 
     def evaluation_loop(
         self,

@@ -322,15 +322,27 @@ class SFTTrainer(GeneratingTrainer):
         """This process's evaluation batches; padded rows where `compute_metrics` wants logits row by row."""
         if self.compute_metrics is not None and not self._writes:
             with self._padded_batches():
-                return super().get_eval_dataloader(eval_dataset)
+                return self._eval_loader(eval_dataset, by_row=True)
+        return self._eval_loader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """The same of a test set; in padded rows where no answers are written, for logits are handed out by row."""
+        if self._writes:
+            return self._eval_loader(test_dataset)
+        with self._padded_batches():
+            return self._eval_loader(test_dataset, by_row=True)
+
+    def _eval_loader(self, eval_dataset: Any, *, by_row: bool = False) -> DataLoader:
+        """Each row once and in its order, whatever training does with its rows."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         if dataset is None:
             raise ConfigError("eval_dataset is missing. Give it to SFTTrainer or to evaluate().")
-        if isinstance(dataset, IterableDataset | datasets.IterableDataset):
+        is_stream = isinstance(dataset, IterableDataset | datasets.IterableDataset)
+        if self.args.world_size > 1 and (by_row or not (self._own_batches or is_stream)):
+            return super().get_eval_dataloader(eval_dataset)  # its equal shares of a batch can be gathered by row
+        if is_stream:
             return eval_stream_loader(dataset, self._collator("evaluation", dataset), self.args)
-        if not self._own_batches and self.args.world_size > 1:
-            return super().get_eval_dataloader(eval_dataset)
         batches, collate = eval_batches(dataset, self.args), self._collator("evaluation", dataset)
         return loader(self._read(dataset, "evaluation"), batches, collate, self.args)
 

@@ -185,16 +185,26 @@ class TokenTrainer(GuardedTrainer):
         if return_outputs or self.compute_loss_func is not None:
             loss, outputs = self._loss_with_logits(model, inputs, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
-        weight = step_weight(inputs) if num_items_in_batch is None else num_items_in_batch
         found, balance = self._token_loss(model, inputs, metrics=self.args.token_metrics)
-        if self.args.token_metrics:
-            count = inputs["loss_targets"].numel()
-            figures = (found.correct, found.entropy, count, found.nll, step_weight(inputs))
-            self._figures += stacked(figures, self._figures)
+        self._count(found, inputs)
+        return self._share_of_step(found, balance, inputs, num_items_in_batch)
+
+    def _share_of_step(
+        self, found: TokenLoss, balance: Tensor | None, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> Tensor:
+        """What these sums add to the loss of the step."""
+        weight = step_weight(inputs) if num_items_in_batch is None else num_items_in_batch
         loss = found.loss * (self._ranks_averaged(num_items_in_batch) / weight)
         if balance is not None:
             loss = loss + balance * (self.args.router_aux_loss_coef / self.current_gradient_accumulation_steps)
         return loss
+
+    def _count(self, found: TokenLoss, inputs: dict[str, Any]) -> None:
+        """Add to the figures of the next log line."""
+        if self.args.token_metrics:
+            count = inputs["loss_targets"].numel()
+            figures = (found.correct, found.entropy, count, found.nll, step_weight(inputs))
+            self._figures += stacked(figures, self._figures)
 
     def _ranks_averaged(self, num_items_in_batch: Any) -> int:
         """DDP averages gradients over ranks, and the step's weight already counts the tokens of all of them."""
@@ -226,15 +236,20 @@ class TokenTrainer(GuardedTrainer):
     def _loss_with_logits(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> tuple[Tensor, Any]:
-        """Loss and full outputs of one forward, for callers that want logits: `compute_metrics`, `predict`."""
+        """Loss and full outputs of one forward, for whoever wants logits: metrics, `predict`, a subclass."""
         with self._attention(inputs):
             outputs = model(**self._model_inputs(inputs))
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=num_items_in_batch)
             return loss * self._ranks_averaged(num_items_in_batch), outputs
-        request = loss_request(inputs, plain_head=False)
-        rows = outputs.logits.reshape(-1, outputs.logits.shape[-1])[request.index]
-        return request.from_logits(rows).loss / step_weight(inputs), outputs
+        kind = self.loss_kind if model.training else PLAIN
+        request = loss_request(inputs, plain_head=False, kind=kind, metrics=model.training and self.args.token_metrics)
+        found = request.from_logits(outputs.logits.reshape(-1, outputs.logits.shape[-1])[request.index])
+        if not model.training:
+            return self._share_of_step(found, None, inputs, num_items_in_batch), outputs
+        self._count(found, inputs)
+        balance = getattr(outputs, "aux_loss", None) if self.args.router_aux_loss_coef else None
+        return self._share_of_step(found, balance, inputs, num_items_in_batch), outputs
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | float | None:
         """Weight of all trained tokens of one step: over its micro-batches, and over all ranks."""
