@@ -347,7 +347,16 @@ def test_an_adapter_that_borrows_from_its_base_changes_nothing_at_first(tiny_mod
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"target_modules": ["q_proj", "lm_head"], "use_rslora": True},  # peft saves the head itself, too
+    ],
+)
 def test_a_borrowing_adapter_is_saved_as_lora_on_the_untouched_base(tiny_model, tmp_path, init, options):
     tiny_model.save_pretrained(tmp_path / "base")
     wrapped = attach(tiny_model, LoraConfig(**{"r": 4, "lora_alpha": 6, **LORA, **options}, init_lora_weights=init))
@@ -359,6 +368,11 @@ def test_a_borrowing_adapter_is_saved_as_lora_on_the_untouched_base(tiny_model, 
     again = PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert again.peft_config["default"].init_lora_weights is True
     torch.testing.assert_close(again(IDS).logits, wrapped.eval()(IDS).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_embeddings_lend_nothing(tiny_model):
+    with pytest.raises(ConfigError, match="lora_init: pissa takes a part out of 'embed_tokens'"):
+        attach(tiny_model, LoraConfig(**{**LORA, "target_modules": ["embed_tokens"]}, init_lora_weights="pissa"))
 
 
 def test_an_ordinary_adapter_is_saved_as_it_is(tiny_model, tmp_path):

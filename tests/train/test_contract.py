@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import tiny
 from tests.faults.runs import make_run
 from tests.train.rows import token_rows
+from tunesmith import workflow
 from tunesmith.checkpoints import checkpoints, seal
 from tunesmith.errors import CheckpointError, ConfigError
 from tunesmith.train.contract import table_digest
@@ -225,3 +227,47 @@ def test_a_checkpoint_of_an_earlier_version_does_not_tell_every_term(run, tmp_pa
     path.write_text(json.dumps(state))
     seal(folder / "checkpoint-2")
     assert go_on(folder, tmp_path).state.global_step == 4
+
+
+# streams -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory):
+    """The options of a streamed run of four steps, and its folder."""
+    folder = tmp_path_factory.mktemp("streamed")
+    tiny.make_tiny_model().save_pretrained(folder / "base")
+    tiny.make_byte_tokenizer().save_pretrained(folder / "base")
+    for name in ("a", "b"):
+        rows = (f'{{"prompt": "{name} {number}?", "completion": "answer {number}"}}\n' for number in range(20))
+        (folder / f"{name}.jsonl").write_text("".join(rows))
+    options = {
+        "model_name_or_path": str(folder / "base"), "dataset": [str(folder / "a.jsonl"), str(folder / "b.jsonl")],
+        "streaming": True, "mix_strategy": "interleave_over", "buffer_size": 8, "max_steps": 4, "save_steps": 2,
+        "per_device_train_batch_size": 2, "bf16": False, "use_cpu": True, "plot_loss": False, "adapter": "full",
+    }  # fmt: skip
+    workflow.run({**options, "output_dir": str(folder / "run")})
+    return options, folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"train_on": "all"}, r"data\.train_on: assistant in the checkpoint, all now"),
+        ({"packing": True}, r"data\.packing: False in the checkpoint, True now"),
+        ({"interleave_probs": [0.9, 0.1]}, r"data\.interleave_probs: None in the checkpoint, \[0\.9, 0\.1\] now"),
+        ({"system_prompt": "Be rude."}, r"data\.system_prompt: None in the checkpoint, Be rude\. now"),
+        ({"buffer_size": 4}, r"data\.buffer_size: 8 in the checkpoint, 4 now"),
+        ({}, None),
+    ],
+)
+def test_a_stream_is_gone_on_from_with_the_same_options_of_data(streamed, tmp_path, changed, said):
+    options, run = streamed
+    checkpoint = tmp_path / "checkpoint-2"
+    shutil.copytree(run / "checkpoint-2", checkpoint)
+    options = {**options, **changed, "output_dir": str(tmp_path / "again"), "resume_from_checkpoint": str(checkpoint)}
+    if said is None:
+        assert workflow.run(options)["train_loss"] > 0
+        return
+    with pytest.raises(CheckpointError, match=said):
+        workflow.run(options)

@@ -377,6 +377,18 @@ def test_an_unknown_loss_is_refused(tmp_path):
         RewardConfig(output_dir=str(tmp_path), reward_loss="mean")
 
 
+@pytest.mark.parametrize("prompt", ["Name a colour.", [{"role": "user", "content": "Name a colour."}], None])
+def test_a_prompt_that_the_answers_begin_with_is_read_once(tmp_path, prompt):
+    """As in ultrafeedback_binarized: whole conversations beside the prompt."""
+    asked = {"role": "user", "content": "Name a colour."}
+    both = ([asked, {"role": "assistant", "content": answer}] for answer in ("Blue.", "Go away."))
+    row = {"prompt": prompt, **dict(zip(("chosen", "rejected"), both))}
+    trainer = make_reward_trainer(tmp_path, rows=[row] * 2)
+    text = trainer.tokenizer.decode(trainer.train_dataset[0]["chosen_input_ids"])
+    assert text.count("Name a colour.") == 1
+    assert text.count("Blue.") == 1
+
+
 @pytest.mark.parametrize(
     ("rows", "error", "message"),
     [

@@ -125,8 +125,8 @@ def read_preference(value: dict[str, Any]) -> dict[str, Any]:
     """
     chosen, rejected = _two_answers(value)
     prompt = _prompt_before_answers(value)
-    if _opens(chosen) and _opens(rejected):
-        prompt, chosen, rejected = _apart(prompt, chosen, rejected)
+    if opens_conversation(chosen) and opens_conversation(rejected):
+        prompt, chosen, rejected = common_beginning(prompt, chosen, rejected)
     elif not prompt:
         raise RowError("there is no prompt. Add one, or turns to 'chosen' and 'rejected' from the first.", "no-prompt")
     prompt = _with_system_column(prompt, value) if prompt else prompt
@@ -166,12 +166,12 @@ def _prompt_before_answers(value: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [_as_role_and_content(turn) for turn in turns_of(value[name], name)]
 
 
-def _opens(turns: list[dict[str, Any]]) -> bool:
+def opens_conversation(turns: list[dict[str, Any]]) -> bool:
     """Whether turns are a conversation from its first turn, and no answer alone."""
     return turns[0].get("role") in (*INSTRUCTING, "user", "human")
 
 
-def _apart(
+def common_beginning(
     prompt: list[dict[str, Any]], chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """Two whole conversations as what both begin with and what is left of each; at least their last turns are."""

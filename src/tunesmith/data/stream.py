@@ -101,11 +101,19 @@ class ExampleStream(datasets.IterableDataset):
         return all(self.passes.limited(source).max_samples is None for source in self.passes.sources)
 
     def identity(self) -> dict[str, Any]:
-        """What is read, for a checkpoint that is gone on from: names, and sizes of local files."""
-        return {"sources": [source_identity(source) for source in self.passes.sources]}
+        """What is read, for a checkpoint that is gone on from: names, sizes of local files, and how rows are taken."""
+        options = {name: getattr(self.passes.options, name) for name in TAKEN_BY}
+        return {"sources": [source_identity(source) for source in self.passes.sources], **options}
 
     def _numbered(self) -> Iterator[tuple[int, Example]]:
         yield from enumerate(example for _, example in self.passes(self.epoch))
+
+
+TAKEN_BY = (
+    *("split", "mix_strategy", "interleave_probs", "buffer_size", "format", "columns", "system_prompt"),
+    *("val_size", "max_samples", "on_bad_row"),
+)
+"""Options of data on which the rows of a stream depend."""
 
 
 def finished(value: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from tunesmith.config import ModelFields
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.lookup import did_you_mean, lookup
 from tunesmith.model.chat_format import release_padding_row, untrained_tokens
-from tunesmith.model.lora import remember_first_weights
+from tunesmith.model.lora import refuse_borrowed_embeddings, remember_first_weights
 from tunesmith.model.quantize import is_quantized, prepare_for_kbit_training, quiet_bitsandbytes
 
 Say = Callable[[str], None]
@@ -180,6 +180,7 @@ def attach(
         wrapped = get_peft_model(model, peft_config)
     except (ValueError, TypeError, IndexError) as error:
         raise ConfigError(f"peft_config: {str(error).splitlines()[0]}") from error
+    refuse_borrowed_embeddings(wrapped)
     remember_first_weights(wrapped)
     return wrapped
 

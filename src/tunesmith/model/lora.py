@@ -20,6 +20,17 @@ def borrows(peft_config: Any) -> bool:
     return str(getattr(peft_config, "init_lora_weights", "")).lower().startswith(BORROWING)
 
 
+def refuse_borrowed_embeddings(model: nn.Module) -> None:
+    """Raise ConfigError for embeddings that a start took a part out of: what peft saves of them cannot be undone."""
+    found = [name for name, layer in model.named_modules() if getattr(layer, "lora_embedding_A", None)]
+    starts = [config.init_lora_weights for config in model.peft_config.values() if borrows(config)]
+    if found and starts:
+        raise ConfigError(
+            f"lora_init: {starts[0]} takes a part out of '{found[0].split('.')[-1]}', which the saved adapter could "
+            "not give back. Leave it out of lora_target_modules, or start without (lora_init: default)."
+        )
+
+
 def remember_first_weights(model: nn.Module) -> None:
     """Keep A and B as they begin, where `save_plain_lora` will need them."""
     if any(borrows(config) for config in model.peft_config.values()):
@@ -53,6 +64,12 @@ def save_plain_lora(model: nn.Module, folder: str | Path) -> bool:
         sign, side = (-1, 1) if ".lora_B." in name else (1, 0)
         now = tensors[name]
         tensors[name] = torch.cat([now, sign * start.to(now)], dim=side).contiguous()
+        layer, _, rest = name.partition(".lora_A.")
+        base = f"{layer}.base_layer.weight"
+        if rest and base in tensors:  # peft saves a head that has an adapter: W', and W is wanted
+            scale = model.get_submodule(layer).scaling[model.active_adapter]
+            taken = scale * (first[f"{layer}.lora_B.{rest}"] @ start)
+            tensors[base] = tensors[base] + taken.to(tensors[base])
     save_file(tensors, path, metadata={"format": "pt"})
     config = deepcopy(model.peft_config[model.active_adapter])
     config.inference_mode = True

@@ -102,6 +102,13 @@ class Stream(IterableDataset):
             cursor.update(epoch=cursor["epoch"] + 1, rows=0, inside={})
 
 
+ENCODED_BY = (
+    *("packing", "max_length", "train_on", "too_long", "append_eos", "add_special_tokens", "max_source_length"),
+    *("max_target_length", "chat_template_kwargs", "on_bad_row"),
+)
+"""Options on which the tokens of a row depend."""
+
+
 class TokenStream(Stream):
     """Rows of a stream as documents of tokens: each read once, by one worker, and counted in the report.
 
@@ -125,9 +132,10 @@ class TokenStream(Stream):
         return plain and get_worker_info() is None and getattr(self.source, "can_be_taken_up", False)
 
     def identity(self) -> dict[str, Any]:
-        """What is read, as far as the source tells."""
+        """What is read, as far as the source tells, and how it becomes tokens."""
         told = getattr(self.source, "identity", None)
-        return told() if told is not None else {"stream": type(self.source).__name__}
+        told = told() if told is not None else {"stream": type(self.source).__name__}
+        return told | {name: getattr(self.how, name) for name in ENCODED_BY}
 
     def one_pass(self, epoch: int, cursor: Cursor) -> Iterator[dict[str, Any]]:
         """The documents; DataError if there is none at all."""
@@ -291,8 +299,9 @@ class MixedStream(Stream):
         return all(part.can_be_taken_up for part in self.parts)
 
     def identity(self) -> dict[str, Any]:
-        """What the parts are."""
-        return {"parts": [part.identity() for part in self.parts]}
+        """What the parts are, and how they are mixed."""
+        shares = None if self.shares is None else np.asarray(self.shares).tolist()
+        return {"parts": [part.identity() for part in self.parts], "shares": shares, "stop": self.stop}
 
     def one_pass(self, epoch: int, cursor: Cursor) -> Iterator[dict[str, Any]]:
         """Rows of the parts until the first, or the last of them ends; parts that ended begin again until then."""
@@ -320,8 +329,8 @@ class PackedStream(Stream):
         return self.source.can_be_taken_up
 
     def identity(self) -> dict[str, Any]:
-        """What is packed."""
-        return self.source.identity()
+        """What is packed, and how."""
+        return self.source.identity() | {"packing_strategy": self.how.packing_strategy}
 
     def one_pass(self, epoch: int, cursor: Cursor) -> Iterator[dict[str, Any]]:
         """The packed rows; every document is in one of them (or, if it was too long, its pieces are)."""
