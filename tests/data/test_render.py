@@ -274,6 +274,69 @@ def test_a_template_that_leaves_something_out_is_refused(byte_tokenizer, example
     assert caught.value.reason == reason
 
 
+ZEPHYR = (  # as many templates: one branch for each role it knows
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n"
+    "{% elif m.role == 'assistant' %}<|im_start|>assistant\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FIRST_CALL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{{ m.tool_calls[0] | tojson }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ADD = CALL["tool_calls"][0]
+RAIN = {"role": "tool", "content": "It rains."}
+ASKED = {"role": "assistant", "content": "I ask.", "tool_calls": [ADD]}
+
+
+# reliability: 44
+@pytest.mark.parametrize(
+    ("template", "messages", "tools", "words"),
+    [
+        (ZEPHYR, [*HI, RAIN, HI[1]], None, r"turn 3 \(tool\). Take that turn out"),
+        (ZEPHYR, [{"role": "developer", "content": "Be brief."}, *HI], None, r"turn 1 \(developer\)"),
+        (ZEPHYR, [HI[0], {**ASKED, "train": False}, HI[1]], None, "the call of tool 'add' in turn 2"),
+        (ZEPHYR, [HI[0], ASKED, HI[0], HI[1]], [{"function": {"name": "add"}}], "the call of tool 'add' in turn 2"),
+        (FIRST_CALL, [HI[0], ASKED, RAIN, HI[1]], None, r"the words beside the tool call in turn 2 \(assistant\)"),
+        (FIRST_CALL, [HI[0], {**CALL, "tool_calls": [ADD, ADD]}, RAIN, HI[1]], None, "the call of tool 'add' in turn"),
+    ],
+)
+def test_a_template_that_leaves_out_a_tool_s_answer_a_call_or_words_is_refused(
+    byte_tokenizer, template, messages, tools, words
+):
+    with pytest.raises(TemplateError, match=words):
+        render({"messages": messages, "tools": tools}, byte_tokenizer, chat_template=template)
+
+
+@pytest.mark.parametrize(
+    ("written", "content"),
+    [
+        ("{{ m.content | tojson }}", 'It says "rain"\nin Rome.'),
+        ("{{ m.content | fromjson | tojson(indent=2) }}", '{"weather": "raining", "in": "Rome"}'),
+    ],
+)
+def test_a_tool_s_answer_may_be_written_as_json(byte_tokenizer, written, content):
+    template = ZEPHYR.replace("{% elif", "{% elif m.role == 'tool' %}<|im_start|>tool\n" + written + "{% elif", 1)
+    template = template.replace("m.content | fromjson", "{'weather': 'raining', 'in': 'Rome'}")
+    messages = [HI[0], {"role": "assistant", "content": "I ask."}, {"role": "tool", "content": content}, HI[1]]
+    assert [span.weight for span in render({"messages": messages}, byte_tokenizer, chat_template=template).spans] == [
+        1,
+        1,
+    ]
+
+
+def test_thoughts_of_trained_turns_that_the_template_leaves_out_are_told(byte_tokenizer):
+    thinks = {**HI[1], "reasoning_content": "Two and two."}
+    calls = {**HI[1], "function_call": {"name": "add", "arguments": "{}"}}
+    rows = [[HI[0], thinks], [HI[0], thinks, HI[0], thinks], [HI[0], calls], [HI[0], {**thinks, "train": False}, *HI]]
+    told = ["reasoning_content", "reasoning_content of 2 turns", "function_call", ""]
+    assert [render({"messages": row}, byte_tokenizer).unwritten for row in rows] == told
+    template = ZEPHYR.replace(
+        "{{ m.content }}<|im_end|>\n{% endif", "{{ m.reasoning_content }}{{ m.content }}<|im_end|>\n{% endif"
+    )
+    assert render({"messages": rows[0]}, byte_tokenizer, chat_template=template).unwritten == ""
+
+
 def test_a_text_ends_without_a_stop_token_if_none_is_wanted(byte_tokenizer):
     rendered = render({"text": "hi"}, byte_tokenizer, append_eos=False, add_special_tokens=False)
     assert rendered == Rendered("hi", [Span(0, 2)])

@@ -321,6 +321,15 @@ def test_vanilla_writes_the_last_exchange_and_the_report_counts_the_others():
     assert [(row.reason, row.line) for row in report.changes] == [("history-left-out", 7)]
     with pytest.raises(TemplateError, match=r"does not write turn 1 \(system\)"):
         render({"messages": [SYSTEM, *TWO]}, tokenizer)
+    with pytest.raises(TemplateError, match=r"does not write turn 1 \(developer\)"):
+        render({"messages": [{**SYSTEM, "role": "developer"}, *TWO]}, tokenizer)
+
+
+def test_the_report_counts_rows_whose_thoughts_the_template_leaves_out():
+    tokenizer, report = made_for("chatml"), Report()
+    thinks = [TWO[0], {**TWO[1], "reasoning_content": "Because."}]
+    encode_batch([{"messages": thinks, "source": "a.jsonl", "line": 7}], tokenizer, Encoding(), report)
+    assert [(row.reason, row.line) for row in report.changes] == [("thoughts-left-out", 7)]
 
 
 # workflow: P4

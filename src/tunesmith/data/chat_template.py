@@ -8,6 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from tunesmith.data.formats import INSTRUCTING
 from tunesmith.data.report import place
 from tunesmith.errors import TemplateError
 
@@ -113,12 +114,12 @@ class Chat:
     def within_reach(self, messages: list[dict]) -> tuple[list[dict], int]:
         """The turns that the template writes, and how many it leaves out: earlier exchanges, if it drops the history.
 
-        A system turn is kept: the template writes it, or the row is refused.
+        An instructing turn is kept: the template writes it, or the row is refused.
         """
         asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
         if not asked or not NO_HISTORY.search(self.template):
             return messages, 0
-        head = 1 if messages[0]["role"] == "system" else 0
+        head = 1 if messages[0]["role"] in INSTRUCTING else 0
         return messages[:head] + messages[asked[-1] :], max(0, asked[-1] - head)
 
     def with_arguments(self, messages: list[dict]) -> list[dict]:

@@ -143,6 +143,9 @@ def labelled_rows(
             if row.left_out:
                 what = f"{row.left_out} earlier turns, which the template does not write"
                 report.changed("history-left-out", examples[index], what)
+            if row.unwritten:
+                what = f"{row.unwritten}, which the template does not write"
+                report.changed("thoughts-left-out", examples[index], what)
     report.add_tokens(tokens for _, tokens in kept)
     report.kept += len(kept)
     return kept

@@ -8,7 +8,9 @@ Control tokens inside a person's messages are text: they are reported in `litera
 (and prompt/completion strings without a chat template) are the person's own rendering, so control tokens there count.
 """
 
+import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -49,6 +51,8 @@ class Rendered(NamedTuple):
     """Other answers: no token reaches over their edges, in training and in prompts alike."""
     left_out: int = 0
     """Earlier turns that the template does not write."""
+    unwritten: str = ""
+    """What else of trained turns it does not write, in words."""
 
 
 def render(
@@ -210,37 +214,75 @@ def _render_chat(chat: Chat, messages: list["Message"], train_on: str, first: in
     stops = [] if train_on == "all" else unwritten_stops(full, spans, controls)
     spans = [span for span in spans if span.start < span.end]
     untrained = [span for span in answers if span.weight == 0]
-    return Rendered(text, spans, literal, stops=stops, untrained=untrained, left_out=left_out)
+    unwritten = _unwritten(masked_messages, turns, full)
+    return Rendered(text, spans, literal, stops=stops, untrained=untrained, left_out=left_out, unwritten=unwritten)
 
 
 def _check_written(chat: Chat, messages: list[dict], turns: Mapping[int, float], full: str) -> None:
-    """Raise TemplateError where the template leaves out a system or user turn, a trained tool call, or the tools.
+    """Raise TemplateError where the template leaves out a turn that is no answer, a tool call, words beside one, or
+    the tools.
 
     Many templates know nothing of tools: such a turn would come out empty, and teach the model to say nothing.
     """
+    tools = [*_called({"tool_calls": chat.tools})]
+    calls = Counter(tools)
     for index, message in enumerate(messages):
-        content = message.get("content")
-        if message["role"] in ("system", "user") and isinstance(content, str) and content.strip()[:64] not in full:
+        if not _writes_content(message, index in turns, full):
+            what = "the words beside the tool call in " if message["role"] == "assistant" else ""
             raise chat.refusal(
-                f"the chat template does not write turn {index + 1} ({message['role']}). Take that turn out, or set "
-                "chat_template: to a template that writes it",
+                f"the chat template does not write {what}turn {index + 1} ({message['role']}). Take "
+                f"{'them' if what else 'that turn'} out, or set chat_template: to a template that writes "
+                f"{'them' if what else 'it'}",
                 "turn-not-written",
             )
-        for name in _called(message) if index in turns else ():
-            if name not in full:
+        for name in _called(message):
+            calls[name] += 1
+            if full.count(name) < calls[name]:
                 raise chat.refusal(
                     f"the chat template does not write the call of tool {name!r} in turn {index + 1}. Set "
                     "chat_template: to a template for tools, or write the call as the turn's content",
                     "call-not-written",
                 )
-    for tool in chat.tools or ():
-        name = tool.get("function", tool).get("name") if isinstance(tool, dict) else None
-        if isinstance(name, str) and name not in full:
+    for name in tools:
+        if name not in full:
             raise chat.refusal(
                 f"the chat template does not write the tool {name!r}. Set chat_template: to a template for tools, or "
                 "leave tools out of the row",
                 "tools-not-written",
             )
+
+
+def _writes_content(message: dict, is_trained: bool, full: str) -> bool:
+    """Whether a turn's words are there; of answers only those beside a trained call are looked for.
+
+    Templates may leave an earlier answer's thoughts out, and write a tool's answer as JSON, or read it as such: then
+    its longest word counts.
+    """
+    content, role = message.get("content"), message["role"]
+    if not isinstance(content, str) or (role == "assistant" and not (is_trained and message.get("tool_calls"))):
+        return True
+    content = content.rpartition("</think>")[2].strip() if role == "assistant" else content.strip()
+    if role in ("system", "developer", "user", "assistant") or content[:64] in full:
+        return content[:64] in full
+    if json.dumps(content, ensure_ascii=False)[1:-1][:48] in full:
+        return True
+    return content[:1] in "[{" and max(re.findall(r"\w+", content) or [""], key=len) in full
+
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "function_call")
+"""Keys of a turn beside its content that some templates write."""
+
+
+def _unwritten(messages: list[dict], turns: Mapping[int, float], full: str) -> str:
+    """Keys of trained turns whose text the template does not write, said in words."""
+    found: Counter[str] = Counter()
+    for index in turns:
+        for key in THOUGHTS:
+            value = messages[index].get(key)
+            value = value.get("name") if isinstance(value, Mapping) else value
+            if isinstance(value, str) and value.strip()[:64] not in full:
+                found[key] += 1
+    return ", ".join(f"{key} of {count} turns" if count > 1 else key for key, count in found.items())
 
 
 def _called(message: dict) -> Iterator[str]:
