@@ -66,6 +66,7 @@ BROKEN = [
     ({"eval_on_each_dataset": True, "eval_dataset": "e"}, "eval_on_each_dataset needs several sets"),
     ({"max_source_length": 2000, "max_length": 1000}, "max_source_length (2000) is above max_length (1000)"),
     ({"max_target_length": 2000}, "max_target_length (2000) is above max_length (1024)"),
+    ({"train_on": "all", "max_source_length": 64}, "train_on: all knows neither"),
     ({"eval_num_beams": 4}, "eval_num_beams has no effect where no answers are written"),
     ({"load_best_model_at_end": True}, "load_best_model_at_end needs evaluations"),
     ({"eval_strategy": "steps"}, "eval_strategy: steps needs held-out examples"),

@@ -12,7 +12,7 @@ from tunesmith.data.report import Report
 from tunesmith.data.rows import RowError
 from tunesmith.data.tokenize import Tokens, encode_straight, encoder_of, tokenize, truncate
 from tunesmith.data.turn_limits import Limits, find_turns, fits, has_turns, limited
-from tunesmith.errors import DataError, TemplateError
+from tunesmith.errors import ConfigError, DataError, TemplateError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding as TextEncoding
@@ -41,6 +41,8 @@ class Encoding:
     """Tokens of what stands before an answer, see `turn_limits`. `None`: any number."""
     max_target_length: int | None = None
     """Tokens of an answer. `None`: any number."""
+    unweighed: str = ""
+    """The argument whose loss or batches know nothing of weights, if there is one."""
 
     def render(self, example: Example, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
         """`render.render` with these options."""
@@ -134,6 +136,8 @@ def labelled_rows(
     kept = []
     found = tokenize([row for _, row in rows], tokenizer, lambda number, _: split.add(number), on_error, straight)
     for number, ((index, row), tokens) in enumerate(zip(rows, found)):
+        if "weights" in tokens:
+            check_weighed(how.unweighed, place_of(examples[index]))
         fitted = None if number in failed else fit(examples[index], tokens, tokenizer, how, report)
         if fitted is not None:
             kept.append(Encoded(index, fitted))
@@ -232,3 +236,16 @@ def _shortened(
         if len(found["input_ids"]) <= how.max_length:
             return found, "turns-dropped"
     return None, "too-long"
+
+
+def check_weighed(unweighed: str, where: str) -> None:
+    """Raise ConfigError for weights of tokens that the argument `unweighed` would leave out of the loss."""
+    ways = {
+        "compute_loss_func": "a compute_loss of a subclass sees them as loss_weights",
+        "data_collator": "with remove_unused_columns=False it may put them into its batch, weights (B, S)",
+    }
+    if unweighed:
+        raise ConfigError(
+            f"{where}the row has a weight, of which {unweighed} knows nothing. Take the weight out, or leave "
+            f"{unweighed} out; {ways[unweighed]}."
+        )

@@ -283,6 +283,16 @@ CONTRADICTIONS = [
         "max_target_length ({max_target_length}) is above max_length ({max_length}). Lower it, or raise max_length.",
     ),
     Rule(
+        ("train_on", "max_source_length", "max_target_length"),
+        lambda v, given: (
+            v["train_on"] == "all"
+            and gives_any(("max_source_length", "max_target_length"), given)
+            and v["stage"] == "sft"
+        ),
+        "max_source_length and max_target_length cut what stands before answers, and answers; train_on: all knows "
+        "neither. Set max_length alone.",
+    ),
+    Rule(
         ("eval_num_beams", "predict_with_generate", "do_predict"),
         lambda v, given: v["eval_num_beams"] and not answers(v),
         "eval_num_beams has no effect where no answers are written. Set predict_with_generate: true, or remove it.",

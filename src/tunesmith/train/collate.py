@@ -140,14 +140,15 @@ class LocatedCollator:
         self.collator, self.seed, self.source = collator, seed, source
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        """The caller's batch with `loss_index`, `loss_targets` and `num_tokens` beside."""
+        """The caller's batch with `loss_index`, `loss_targets` and `num_tokens` beside; `weights` (B, S) count."""
         with drawn_from(self.seed, getattr(self.source, "epoch", 0), *map(summary, rows)):
             batch = self.collator(rows)
         if not isinstance(batch, Mapping):
             raise ConfigError(f"data_collator: expected a dict of tensors, got a {type(batch).__name__}.")
         batch = dict(batch)
         if isinstance(batch.get("labels"), Tensor) and batch["labels"].dim() == 2:
-            batch = loss_positions(batch["labels"]) | batch
+            weights = batch.pop("weights", None)
+            batch = loss_positions(batch["labels"], None if weights is None else weights.flatten()) | batch
         counted = batch.get("attention_mask")
         if isinstance(counted, Tensor) and counted.dim() == 2:
             batch.setdefault("num_tokens", int(counted.sum()))
@@ -190,7 +191,7 @@ def nothing(length: int = 1) -> dict[str, Tensor]:
 
 
 def split_documents(row: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """The documents of one row, as int64 tensors: several if it is packed, else itself."""
+    """The documents of one row, as int64 tensors: several if it is packed, else itself, without its padding."""
     columns = {name: as_tensor(row[name]) for name in ("input_ids", "labels", "weights") if row.get(name) is not None}
     if not {"input_ids", "labels"} <= columns.keys():
         raise DataError(
@@ -199,7 +200,10 @@ def split_documents(row: dict[str, Any]) -> list[dict[str, Tensor]]:
         )
     lengths = row.get("seq_lengths")
     if lengths is None:
-        return [columns]
+        seen = row.get("attention_mask")
+        return [
+            columns if seen is None else {name: values[as_tensor(seen).bool()] for name, values in columns.items()}
+        ]
     pieces = {name: values.split(list(lengths)) for name, values in columns.items()}
     return [dict(zip(pieces, parts)) for parts in zip(*pieces.values())]
 

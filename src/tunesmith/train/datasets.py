@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset, Subset
 
+from tunesmith.data.encode import check_weighed
 from tunesmith.data.mix import check_stop, places, plan_mixture, shares_of
 from tunesmith.data.normalize import Example, fingerprint
 from tunesmith.data.pack import TOKEN_COLUMNS, dataset_of, pack
@@ -17,7 +18,7 @@ from tunesmith.data.prepare import TOKEN_TYPES, as_dataset, batched, joined, not
 from tunesmith.data.report import Report
 from tunesmith.errors import ConfigError
 from tunesmith.train.batching import shuffled
-from tunesmith.train.reading import Preparation, Reader, check_report, numbered, values_of
+from tunesmith.train.reading import Preparation, Reader, beside, check_report, numbered, values_of
 from tunesmith.train.ready import masks_in, ready, refitted
 from tunesmith.train.streaming import (
     MixedStream,
@@ -144,6 +145,8 @@ def _documents(name: str, dataset: Any, how: Preparation, report: Report) -> Any
         function = None if "input_ids" in columns else how.formatting_func
         return TokenStream(name, dataset, replace(how, formatting_func=function), report)
     if "input_ids" in columns:
+        if "weights" in columns:
+            check_weighed(how.unweighed, f"{name}: ")
         return ready(name, dataset, columns, how, report)
     return _encoded(name, dataset, how, report)
 
@@ -157,7 +160,7 @@ def columns_of(dataset: Any) -> list[str]:
 
 def _warn_of_columns(name: str, columns: Iterable[str], how: Preparation) -> None:
     """Say aloud that kept columns are not for the trainer's own collators."""
-    extra = [column for column in columns if column not in ("input_ids", "labels", "attention_mask")]
+    extra = [column for column in beside(columns, how) if column not in ("input_ids", "labels", "attention_mask")]
     if how.keep_columns and extra:
         warnings.warn(
             f"remove_unused_columns=False keeps the columns {', '.join(map(str, extra))} of {name} beside the tokens. "
@@ -194,7 +197,7 @@ def _encoded(name: str, dataset: Any, how: Preparation, report: Report) -> datas
     tokens = joined(parts)
     if how.own_collator:
         tokens = _for_own_collator(tokens, reader)
-    return _beside(tokens, dataset, numbers) if how.keep_columns else tokens
+    return _beside(tokens, dataset, numbers, how) if how.keep_columns else tokens
 
 
 def _for_own_collator(tokens: datasets.Dataset, reader: Reader) -> datasets.Dataset:
@@ -204,11 +207,11 @@ def _for_own_collator(tokens: datasets.Dataset, reader: Reader) -> datasets.Data
     return tokens.add_column("attention_mask", ones, feature=datasets.List(datasets.Value("int8")))
 
 
-def _beside(tokens: datasets.Dataset, dataset: Any, numbers: list[int]) -> datasets.Dataset:
+def _beside(tokens: datasets.Dataset, dataset: Any, numbers: list[int], how: Preparation) -> datasets.Dataset:
     """The token rows with the columns of the rows that they were made of."""
     table = dataset if isinstance(dataset, datasets.Dataset) else datasets.Dataset.from_list(list(values_of(dataset)))
     table = table.with_format(None).select([number - 1 for number in numbers])
-    table = table.remove_columns([name for name in table.column_names if name in tokens.column_names])
+    table = table.select_columns([name for name in beside(table.column_names, how) if name not in tokens.column_names])
     return datasets.concatenate_datasets([tokens, table], axis=1) if table.column_names else tokens
 
 

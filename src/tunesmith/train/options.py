@@ -217,6 +217,11 @@ def check_values(args: SFTConfig) -> None:
                 f"Known: {', '.join(DATASET_KWARGS)}."
             )
         checked(f"dataset_kwargs[{key!r}]", value, DATASET_KWARGS[key])
+    if args.train_on == "all" and (args.max_source_length or args.max_target_length):
+        raise ConfigError(
+            "SFTConfig: max_source_length, max_target_length: they cut what stands before answers, and answers; "
+            "train_on='all' knows neither. Set max_length alone."
+        )
     if args.model_init_kwargs:
         loading(args)
 

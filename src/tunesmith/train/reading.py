@@ -13,7 +13,7 @@ from tunesmith.data.formats import columns_of
 from tunesmith.data.formatting import Formatter
 from tunesmith.data.mix import Stop
 from tunesmith.data.normalize import Example
-from tunesmith.data.pack import PackingStrategy, length_before_packing
+from tunesmith.data.pack import TOKEN_COLUMNS, PackingStrategy, length_before_packing
 from tunesmith.data.prepare import BATCH_ROWS, normalized
 from tunesmith.data.report import Report, place
 from tunesmith.data.rows import Row, RowError, without_nulls
@@ -66,6 +66,8 @@ class Preparation:
     columns: dict[str, str] | None = None
     system_prompt: str | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    unweighed: str = ""
+    """The argument whose loss or batches know nothing of weights, if there is one."""
 
     @property
     def encoding(self) -> Encoding:
@@ -82,6 +84,7 @@ class Preparation:
             chat_template_kwargs=self.chat_template_kwargs,
             max_source_length=self.max_source_length,
             max_target_length=self.max_target_length,
+            unweighed=self.unweighed,
         )
 
     def only_tokens(self) -> "Preparation":
@@ -99,6 +102,7 @@ def preparation_of(
     label_with: Callable[[list[int]], list[int]] | None = None,
     own_collator: bool = False,
     makes_labels: bool | None = None,
+    unweighed: str = "",
 ) -> Preparation:
     """The preparation that an `SFTConfig` asks for, of training or evaluation data."""
     kwargs = args.dataset_kwargs or {}
@@ -123,6 +127,7 @@ def preparation_of(
         max_target_length=args.max_target_length,
         own_collator=own_collator,
         makes_labels=makes_labels,
+        unweighed=unweighed,
         keep_columns=args.remove_unused_columns is False,
         skip=bool(kwargs.get("skip_prepare_dataset", False)),
         num_of_sequences=args.num_of_sequences,
@@ -130,6 +135,11 @@ def preparation_of(
         chat_template_kwargs=args.chat_template_kwargs,
         **{key: kwargs[key] for key in OF_DATASETS if key in kwargs},
     )
+
+
+def beside(columns: Iterable[str], how: Preparation) -> list[str]:
+    """Columns of a rendered row that may stand beside its tokens: no `weights` of other kinds, which ours read."""
+    return [name for name in columns if how.own_collator or name not in (*TOKEN_COLUMNS, "seq_lengths")]
 
 
 def check_report(name: str, report: Report, packing: bool) -> None:

@@ -136,6 +136,7 @@ class SFTTrainer(GeneratingTrainer):
         self.max_length = args.max_length = args.max_seq_length = longest_row(args, model, self.tokenizer)
         self.reports: dict[str, Report] = {}
         self._formatting_func, self._label_with = formatting_func, labels_by(data_collator, args)
+        self.compute_loss_func = compute_loss_func
         self._own_batches = data_collator is None or self._label_with is not None
         if self._own_batches:  # where ours take a given collator's place, they pad as it would have
             args.pad_to_multiple_of = args.pad_to_multiple_of or multiple
@@ -219,6 +220,7 @@ class SFTTrainer(GeneratingTrainer):
             label_with=self._label_with,
             own_collator=not self._own_batches,
             makes_labels=self._makes_labels,
+            unweighed=self._unweighed(),
         )
         if self.tokenizer is None and not how.skip:
             raise ConfigError(
@@ -237,6 +239,13 @@ class SFTTrainer(GeneratingTrainer):
         if how.packing and not evaluation and ours:
             found.infinite = self.args.max_steps > 0  # a stream begins again at its end; TRL's rows say so, too
         return found
+
+    def _unweighed(self) -> str:
+        """The argument that leaves weights of tokens out of the loss, if one does."""
+        if self.compute_loss_func is not None:
+            return "compute_loss_func"
+        sees_columns = self._own_batches or self.args.remove_unused_columns is False
+        return "" if sees_columns else "data_collator"
 
     def _probe(self) -> Support:
         """Find out how this model may be fed, set the collator, and say what was chosen."""
@@ -287,7 +296,8 @@ class SFTTrainer(GeneratingTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._own_batches:
-            self._signature_columns = list(MODEL_COLUMNS)
+            skips = (self.args.dataset_kwargs or {}).get("skip_prepare_dataset")  # then rows may hold padding
+            self._signature_columns = [*MODEL_COLUMNS, *(["attention_mask"] if skips else [])]
         super()._set_signature_columns_if_needed()
 
     def get_train_dataloader(self) -> DataLoader:

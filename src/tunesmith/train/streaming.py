@@ -18,14 +18,14 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from tunesmith.data.cursor import snapshot
-from tunesmith.data.encode import encode_batch
+from tunesmith.data.encode import check_weighed, encode_batch
 from tunesmith.data.mix import Cursor, mix_streams, shuffled_stream
 from tunesmith.data.pack import TOKEN_COLUMNS, pack
 from tunesmith.data.prepare import as_dataset
 from tunesmith.data.report import Problem, Report, place
 from tunesmith.data.rows import Row
 from tunesmith.data.tokenize import Tokens
-from tunesmith.train.reading import Preparation, Reader, check_report, numbered
+from tunesmith.train.reading import Preparation, Reader, beside, check_report, numbered
 from tunesmith.train.ready import fitted
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,8 @@ class TokenStream(Stream):
             self._count(part)
             for index, tokens in found:
                 place_of_row = (examples[index]["source"], examples[index]["line"])
-                kept = sources[place_of_row] if self.how.keep_columns else {}
+                source = sources[place_of_row] if self.how.keep_columns else {}
+                kept = {name: source[name] for name in beside(source, self.how)}
                 waiting.append({**kept, **(for_own_collator(tokens, reader) if self.how.own_collator else tokens)})
             while waiting:
                 yield waiting.pop(0)
@@ -187,6 +188,8 @@ class TokenStream(Stream):
     def _ready(self, rows: Iterator[Row]) -> Iterator[dict[str, Any]]:
         """Rows with `input_ids`: as they are, but for labels; under packing, fitted into a row."""
         for row in rows:
+            if row.value.get("weights") is not None:
+                check_weighed(self.how.unweighed, f"{place(row.source, row.line)}: ")
             part = Report()
             if self.how.own_collator:
                 part.read = part.kept = 1
