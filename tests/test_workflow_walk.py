@@ -48,6 +48,22 @@ def test_a_run_of_stage_pt_repeats_and_is_evaluated_in_blocks_as_it_was(workplac
     assert eval_loss(call("eval", "one")) == f"{figures(workplace / 'one')['eval_loss']:.4f}"
 
 
+# workflow: P3
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_tail_of_every_set_of_stage_pt_is_said_and_kept_in_the_report(workplace, streaming):
+    (workplace / "texts.txt").write_text("\n".join(TEXTS))
+    how = {"stage": "pt", "dataset": "texts.txt", "eval_dataset": "texts.txt", "max_length": 32, "max_steps": 60}
+    output = train(workplace, "one", **how, streaming=streaming, do_train=True, do_eval=True)
+    report = json.loads((workplace / "one" / "data_report.json").read_text())
+    whole, tail = divmod(sum(len(text) + 1 for text in TEXTS), 32)
+    assert tail
+    assert f"evaluation data: {whole} blocks of 32 tokens; the tail of {tail} tokens behind the last is left out" in output
+    behind = "behind the last block of a pass" if streaming else "behind the last"
+    assert any(note.endswith(f"the tail of {tail} tokens {behind} is left out") for note in report["train"]["notes"])
+    assert any(f"the tail of {tail} tokens" in note for note in report["evaluation"]["notes"])
+    assert f"the tail of {tail} tokens" in call("eval", "one")
+
+
 # workflow: M9 W6
 def test_a_reward_model_scores_pairs_again_and_does_not_chat(workplace):
     write_pairs(workplace / "pairs.jsonl")

@@ -327,13 +327,29 @@ def work_of(trainer: Any) -> Work | None:
 
 def add_notes(trainer: Any, data: Prepared, folder: Run, said: list[str]) -> None:
     """Take over what only the trainer found out about the rows, such as the tail that packing leaves out."""
-    found = trainer.reports.get("train_dataset")
-    if data.report is None or found is None or found is data.report or not hasattr(data.train, "select"):
-        return
-    for note in found.notes:
-        data.report.note(note)
-        said.append(f"data: {note}")
+    if hasattr(data.train, "select"):
+        said += taken_over(trainer, "train_dataset", data.report, "data")
+    said += evaluation_notes(trainer, data)
     folder.save_json(DATA_REPORT_FILE, report_json(data))
+
+
+def evaluation_notes(trainer: Any, data: Prepared) -> list[str]:
+    """The same of evaluation sets alone."""
+    lines = []
+    for name, report in data.evaluation_reports.items():
+        place = f"[{name}]" if name else ""
+        lines += taken_over(trainer, f"eval_dataset{place}", report, f"evaluation data{place}")
+    return lines
+
+
+def taken_over(trainer: Any, dataset: str, report: Any, title: str) -> list[str]:
+    """The trainer's notes on a dataset, put into the run's report on it, as lines."""
+    found = trainer.reports.get(dataset)
+    if report is None or found is None or found is report:
+        return []
+    for note in found.notes:
+        report.note(note)
+    return [f"{title}: {note}" for note in found.notes]
 
 
 # ---- look, score, answer, talk -----------------------------------------------------------------------------------
@@ -412,6 +428,7 @@ def evaluating(recipe: Recipe, console: Console) -> Iterator[tuple[SFTTrainer | 
             model, args, eval_dataset=data.evaluation_sets, processing_class=tokenizer
         )
         use_progress(trainer, None)
+        tell(evaluation_notes(trainer, data), None, console)
         yield trainer, data
 
 

@@ -281,7 +281,7 @@ def test_parts_of_a_mixture_that_end_begin_again_until_the_last_ends():
     of_a = [text for text in mixed if text[0] == "a"]
     assert of_a == (["a0", "a1"] * len(of_a))[: len(of_a)]
     assert texts_of(MixedStream(parts, None, 0, "all")) == ["a0", "a1", *(f"b{i}" for i in range(9))]
-    packed = PackedStream(MixedStream(parts, None, 0, "all"), how)
+    packed = PackedStream(MixedStream(parts, None, 0, "all"), how, Report())
     assert len(texts_of(packed)) == 11
 
 

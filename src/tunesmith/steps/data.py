@@ -131,6 +131,9 @@ def after_stream(data: Prepared, tokenized: Report | None) -> Prepared:
     report = data.train.passes.report()
     if tokenized is not None and (lost := tokenized.losses()):
         report.note(f"tokenized, over all passes: {lost}")
+    for note in tokenized.notes if tokenized is not None else ():
+        if not note.startswith("format: "):  # the report of the source tells it
+            report.note(note)
     return data._replace(report=report)
 
 

@@ -87,7 +87,7 @@ def packed(documents: TokenRows, how: Preparation, report: Report) -> TokenRows:
         report: gets a note on what packing leaves out.
     """
     if isinstance(documents, Stream):
-        return PackedStream(documents, how)
+        return PackedStream(documents, how, report)
     if "seq_lengths" in columns_of(documents):
         return _shuffled(documents, how)
     return pack(_shuffled(documents, how), how.max_length, how.packing_strategy, report)

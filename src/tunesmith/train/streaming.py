@@ -320,11 +320,14 @@ class PackedStream(Stream):
 
     Rows of a buffer come in an order drawn from seed, epoch and the buffer's number, since packing sorts them by
     length. The emptiest row of a buffer waits for the next, so that only the last is not full.
+
+    Args:
+        report: gets a note on the tail that exact blocks leave out, once the first pass has come to its end.
     """
 
-    def __init__(self, source: Stream, how: Preparation):
+    def __init__(self, source: Stream, how: Preparation, report: Report):
         super().__init__()
-        self.source, self.how = source, how
+        self.source, self.how, self.report = source, how, report
 
     @property
     def can_be_taken_up(self) -> bool:
@@ -366,11 +369,18 @@ class PackedStream(Stream):
         strategy = "wrapped" if exact else self.how.packing_strategy
         rows = list(pack(as_dataset(documents), self.how.max_length, strategy))
         if exact and is_last:
+            self._note_tail(len(rows[-1]["input_ids"]))
             return [row for row in rows if len(row["input_ids"]) == self.how.max_length], []
         emptiest = min(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
         if is_last or len(rows) == 1 or len(rows[emptiest]["input_ids"]) == self.how.max_length:
             return rows, []
         return rows, documents_of(rows.pop(emptiest))
+
+    def _note_tail(self, tail: int) -> None:
+        note = f"the tail of {tail:,} tokens behind the last block of a pass is left out"
+        if tail < self.how.max_length and note not in self.report.notes:
+            self.report.note(note)
+            logger.warning("%s", note)
 
     def _drawn(self, rows: list[dict[str, Any]], epoch: int, number: int) -> list[dict[str, Any]]:
         random.Random(f"{self.how.seed} {epoch} {number}").shuffle(rows)
