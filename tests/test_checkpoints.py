@@ -74,6 +74,16 @@ def test_the_oldest_go_by_step_and_the_best_stays(tmp_path):
     assert list(checkpoints(tmp_path)) == [8, 10]
 
 
+# reliability: 13
+def test_what_an_earlier_run_left_behind_goes_first(tmp_path):
+    for step in (2, 4, 18, 20):
+        save(tmp_path, step)
+    retain(tmp_path, 3, keep={4}, newest=4)
+    assert list(checkpoints(tmp_path)) == [2, 4, 20]
+    retain(tmp_path, 2, keep={4}, newest=4)
+    assert list(checkpoints(tmp_path)) == [2, 4]
+
+
 # reliability: 14
 def test_leftovers_are_never_read_and_are_removed(tmp_path):
     save(tmp_path, 3)

@@ -57,7 +57,10 @@ def test_the_tail_of_every_set_of_stage_pt_is_said_and_kept_in_the_report(workpl
     report = json.loads((workplace / "one" / "data_report.json").read_text())
     whole, tail = divmod(sum(len(text) + 1 for text in TEXTS), 32)
     assert tail
-    assert f"evaluation data: {whole} blocks of 32 tokens; the tail of {tail} tokens behind the last is left out" in output
+    assert (
+        f"evaluation data: {whole} blocks of 32 tokens; the tail of {tail} tokens behind the last is left out"
+        in output
+    )
     behind = "behind the last block of a pass" if streaming else "behind the last"
     assert any(note.endswith(f"the tail of {tail} tokens {behind} is left out") for note in report["train"]["notes"])
     assert any(f"the tail of {tail} tokens" in note for note in report["evaluation"]["notes"])
@@ -75,6 +78,24 @@ def test_a_reward_model_scores_pairs_again_and_does_not_chat(workplace):
     call("predict", "rm", "--output", "scores.jsonl")
     assert (workplace / "scores.jsonl").read_text() == scores
     assert "rm is a reward model: it scores answers and writes none" in call("chat", "rm", code=2)
+
+
+# workflow: M9 W6
+def test_pairs_of_several_sets_are_scored_one_set_after_another(workplace):
+    for name in ("one", "two"):
+        write_pairs(workplace / f"{name}.jsonl")
+    how = {"stage": "rm", "dataset": ["one.jsonl", "two.jsonl"], "eval_dataset": None, "val_size": 4}
+    train(workplace, "rm", do_train=True, do_eval=True, do_predict=True, eval_on_each_dataset=True, **how)
+    scores = [json.loads(line) for line in (workplace / "rm" / "generated_predictions.jsonl").open()]
+    assert [score["index"] for score in scores] == [0, 1, 2, 3]
+    assert {"eval_one_loss", "eval_two_loss", "predict_loss"} <= figures(workplace / "rm").keys()
+    call("predict", "rm", "--output", "scores.jsonl")
+    assert [json.loads(line) for line in (workplace / "scores.jsonl").open()] == scores
+
+
+def test_padding_that_is_trained_is_evaluated_too(workplace):
+    train(workplace, "padded", ignore_pad_token_for_loss=False, do_train=True, do_eval=True)
+    assert eval_loss(call("eval", "padded")) == f"{figures(workplace / 'padded')['eval_loss']:.4f}"
 
 
 # workflow: M9 W6

@@ -107,11 +107,15 @@ def publish(folder: Path, run: str | Path) -> Path:
     return place
 
 
-def retain(run: str | Path, limit: int | None, keep: Collection[int] = ()) -> None:
-    """Delete the oldest sealed checkpoints, by step, down to `limit`, and never fewer than two; `keep` stay."""
+def retain(run: str | Path, limit: int | None, keep: Collection[int] = (), newest: int | None = None) -> None:
+    """Delete the oldest sealed checkpoints, by step, down to `limit`, and never fewer than two; `keep` stay.
+
+    Steps above `newest`, which has just been saved, are those of an earlier run in the same folder: they go first.
+    """
     if limit is None or limit <= 0:
         return
     steps = [step for step in checkpoints(run) if step not in keep]
+    steps.sort(key=lambda step: (newest is None or step <= newest, step))
     room = max(limit, 2) - len(set(keep) & checkpoints(run).keys())
     for step in steps[: max(0, len(steps) - max(room, 1))]:
         delete(checkpoints(run)[step])

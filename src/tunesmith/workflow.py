@@ -199,7 +199,7 @@ def run_prediction(
 ) -> dict[str, float]:
     """Answer every held-out prompt, or score every held-out pair, into `generated_predictions.jsonl`."""
     if recipe.run.stage == "rm":
-        result = trainer.predict(data.evaluation_sets, metric_key_prefix="predict")
+        result = trainer.predict(data.held_out_pairs, metric_key_prefix="predict")
         trainer.save_predictions(result)
         return result.metrics
     path, tokenizer = folder.path / PREDICTIONS_FILE, trainer.processing_class
@@ -453,7 +453,7 @@ def asked(recipe: Recipe, output: Path, console: Console) -> dict[str, float]:
 def scored_pairs(recipe: Recipe, output: Path, console: Console) -> dict[str, float]:
     """Rewards of the held-out pairs, and their figures."""
     with evaluating(recipe, console) as (trainer, data):
-        result = trainer.predict(data.evaluation_sets, metric_key_prefix="predict")
+        result = trainer.predict(data.held_out_pairs, metric_key_prefix="predict")
         trainer.save_predictions(result, output)
     return result.metrics
 

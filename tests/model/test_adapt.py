@@ -12,6 +12,8 @@ from tests.train.rows import assert_same, first_gradients, make_trainer, referen
 from tunesmith.config import ModelFields
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model.adapt import ADAPTERS, adapt, attach, check_trainable, count_parameters, upcast_trainable
+from tunesmith.model.chain import put_on
+from tunesmith.model.load import load_model
 from tunesmith.model.lora import loraplus_groups, save_plain_lora
 from tunesmith.model.quantize import require_input_grads
 
@@ -368,6 +370,21 @@ def test_a_borrowing_adapter_is_saved_as_lora_on_the_untouched_base(tiny_model, 
     again = PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert again.peft_config["default"].init_lora_weights is True
     torch.testing.assert_close(again(IDS).logits, wrapped.eval()(IDS).logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
+def test_a_checkpoint_answers_where_its_start_can_be_found_again(tiny_model, tmp_path, init):
+    tiny_model.save_pretrained(tmp_path / "base")
+    base = load_model(str(tmp_path / "base"))
+    wrapped = attach(base, LoraConfig(**{"r": 4, **LORA}, init_lora_weights=init)).eval()
+    wrapped.save_pretrained(tmp_path / "checkpoint-1")
+    fresh = load_model(str(tmp_path / "base"))
+    if init == "pissa_niter_4":
+        with pytest.raises(ModelError, match="an adapter that began with a part of its base"):
+            put_on(fresh, tmp_path / "checkpoint-1")
+    else:
+        again = put_on(fresh, tmp_path / "checkpoint-1").eval()
+        torch.testing.assert_close(again(IDS).logits, wrapped(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_embeddings_lend_nothing(tiny_model):

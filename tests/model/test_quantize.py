@@ -349,6 +349,17 @@ def test_adapters_are_held_in_float32_or_as_the_paper_has_them(folder):
 
 
 # trainer: H5
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_weights_that_dora_reads_keep_their_scales(folder, kind):
+    wrapped = attach(load(folder, kind), LoraConfig(**LORA, use_dora=True)).eval()
+    with torch.no_grad():
+        first, *more = (wrapped(IDS).logits for _ in range(3))
+        expected = load(folder, kind).eval()(IDS).logits
+    assert all(torch.equal(first, logits) for logits in more)
+    torch.testing.assert_close(first, expected, atol=2e-2 if kind == "int8" else 1e-4, rtol=0)
+
+
+# trainer: H5
 @pytest.mark.parametrize(("own", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_queries_stay_in_half_precision_unlike_after_pefts_preparation(folder, own, expected):
     """Float32 queries would miss the flash kernel of a GPU."""

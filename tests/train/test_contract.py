@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from tests.faults.runs import make_run
+from tests.faults.runs import RandomCollator, make_run
 from tests.train.rows import token_rows
 from tunesmith import workflow
 from tunesmith.checkpoints import checkpoints, seal
@@ -88,6 +88,23 @@ def test_another_tokenizer_template_or_adapter_is_refused(run, lora_run, tmp_pat
         go_on(lora_run, tmp_path, lora=dropped)
     with pytest.raises(CheckpointError, match=r"adapter: .* now"):
         go_on(lora_run, tmp_path)
+
+
+# reliability: 9
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.logits.sum()}, "compute_loss_func"),
+        ({"data_collator": RandomCollator()}, "data_collator: None in the checkpoint, RandomCollator now"),
+    ],
+)
+def test_a_loss_or_batches_of_ones_own_are_none_of_a_run_without(run, tmp_path, given, words):
+    trainer = make_run(tmp_path, **FOUR)
+    for name, value in given.items():
+        setattr(trainer, name, value)
+    trainer._own_batches = "data_collator" not in given
+    with pytest.raises(CheckpointError, match=words):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
 
 
 # reliability: 10

@@ -224,6 +224,20 @@ def test_several_evaluation_sets_and_a_metric_of_ones_own(tmp_path):
     assert names <= found.keys()
 
 
+def test_one_set_is_scored_at_a_time(tmp_path):
+    with pytest.raises(ConfigError, match=r"test_dataset is a dict of datasets \(a, b\). Give one of them"):
+        make_reward_trainer(tmp_path).predict({"a": POLITE, "b": POLITE})
+
+
+def test_pairs_of_like_length_are_near_each_other(tmp_path):
+    options = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2, "max_steps": 2}
+    trainer = make_reward_trainer(tmp_path, rows=pair_rows(LENGTHS * 8), **options)
+    order = [[sum(LENGTHS[pair % 8]) for pair in batch] for batch in trainer.get_train_dataloader().batch_sampler]
+    drawn = np.array(order[1:])  # the longest come first
+    assert np.abs(drawn[:, 0] - drawn[:, 1]).mean() < 1
+    assert np.isfinite(trainer.train().training_loss)
+
+
 # Training -----------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.model.lora import borrows
+from tunesmith.model.lora import borrows, borrows_the_same
 from tunesmith.model.quantize import is_quantized, quiet_bitsandbytes
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -137,7 +137,8 @@ def put_on(model: PreTrainedModel, folder: str | Path, *, trainable: bool = Fals
     check_weights(folder)
     grow_for_adapter(model, folder)
     quiet_bitsandbytes()
-    if trainable and borrows(PeftConfig.from_pretrained(str(folder))):
+    config = PeftConfig.from_pretrained(str(folder))
+    if borrows(config) and (trainable or not borrows_the_same(config)):
         raise ModelError(
             f"{folder} is a checkpoint of an adapter that began with a part of its base (lora_init). Go on from it "
             "with resume_from_checkpoint, or name the run's own folder, whose adapter fits the untouched base."

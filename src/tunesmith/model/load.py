@@ -23,6 +23,7 @@ from tunesmith.model.chat_format import release_padding_row
 from tunesmith.model.quantize import (
     check_bitsandbytes,
     keep_differentiable,
+    keep_scales,
     own_device,
     quiet_bitsandbytes,
     with_quantization_config,
@@ -105,6 +106,7 @@ def load_model(
         hub["device_map"] = hub.get("device_map") or own_device()
     model = opened(name, dtype, hub)
     keep_differentiable(model)
+    keep_scales(model)
     release_padding_row(model)
     return without_gguf_marks(model)
 

@@ -20,6 +20,11 @@ def borrows(peft_config: Any) -> bool:
     return str(getattr(peft_config, "init_lora_weights", "")).lower().startswith(BORROWING)
 
 
+def borrows_the_same(peft_config: Any) -> bool:
+    """Whether the part that this adapter's start took can be found again: not by a random or data-driven start."""
+    return str(peft_config.init_lora_weights).lower() in ("pissa", "olora")
+
+
 def refuse_borrowed_embeddings(model: nn.Module) -> None:
     """Raise ConfigError for embeddings that a start took a part out of: what peft saves of them cannot be undone."""
     found = [name for name, layer in model.named_modules() if getattr(layer, "lora_embedding_A", None)]

@@ -207,6 +207,25 @@ def keep_differentiable(model: nn.Module) -> int:
     return unpacked
 
 
+def keep_scales(model: nn.Module) -> None:
+    """Let 8-bit layers on a CPU bear that DoRA reads their weights at every pass.
+
+    peft (0.21) puts each weight back as a new one, which bitsandbytes (0.50) takes for one whose scales it has not
+    fetched yet, and forgets those it has.
+    """
+    for layer in model.modules():
+        is_8bit = type(getattr(layer, "weight", None)).__name__ == "Int8Params"
+        if is_8bit and has_its_scales not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(has_its_scales)
+
+
+def has_its_scales(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Forward pre-hook of an 8-bit layer: a weight without scales is no new one."""
+    weight = layer.weight
+    if getattr(weight, "CB", None) is not None and weight.SCB is None:
+        weight.CB = None
+
+
 @contextmanager
 def rows_apart(model: nn.Module) -> Iterator[None]:
     """Inside, 8-bit layers treat every token by itself, so that what a token sees can be told from its logits.

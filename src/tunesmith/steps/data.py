@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import datasets
 from rich.console import Console
 
 from tunesmith.config import TrainingFields
@@ -40,6 +41,16 @@ class Prepared(NamedTuple):
     def evaluation_sets(self) -> Any:
         """The evaluation data as a trainer takes it: one dataset, a dict of several, or `None`."""
         return self.evaluation.get("", self.evaluation) if self.evaluation else None
+
+    @property
+    def held_out_pairs(self) -> Any:
+        """The pairs of all evaluation sets, one set after another; their `index` counts through `held_out`."""
+        parts, before = [], 0
+        for name, pairs in self.evaluation.items():
+            numbers = [before + index for index in pairs["index"]]
+            parts.append(pairs.remove_columns("index").add_column("index", numbers))
+            before += len(self.evaluation_examples[name])
+        return datasets.concatenate_datasets(parts)
 
 
 def prepare_data(recipe: Recipe, tokenizer: Any) -> Prepared:

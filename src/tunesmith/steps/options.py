@@ -30,6 +30,7 @@ DEFAULT_SEED = 42
 EVALUATING = (
     *("bf16", "use_cpu", "padding_free", "per_device_eval_batch_size"),
     *("max_length", "packing", "packing_strategy", "eval_packing"),
+    *("ignore_pad_token_for_loss", "padding_side", "pad_to_multiple_of"),
 )
 
 

@@ -172,7 +172,7 @@ class CheckpointTrainer(Seq2SeqTrainer):
         seal(folder, step=step, processes=self.args.world_size)
         self._largest_checkpoint = max(self._largest_checkpoint, total_bytes(publish(folder, run)))
         keep = {self.state.best_global_step} if self.state.best_model_checkpoint else set()
-        retain(run, self.args.save_total_limit, keep | {step})
+        retain(run, self.args.save_total_limit, keep | {step}, newest=step)
 
     def _try(self, function: Any) -> Exception | None:
         """The error of a write, in place of raising it: the other processes must hear of it first."""

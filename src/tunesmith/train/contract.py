@@ -73,8 +73,12 @@ def terms(trainer: Any) -> dict[str, Any]:
             "tokens_per_step": args.tokens_per_batch and args.tokens_per_batch * size,
             "order": args.train_sampling_strategy,
             "drop_last": args.dataloader_drop_last,
+            "data_collator": None if getattr(trainer, "_own_batches", True) else name_of(trainer.data_collator),
         },
-        "loss": {name: getattr(args, name, None) for name in LOSS},
+        "loss": {
+            **{name: getattr(args, name, None) for name in LOSS},
+            "compute_loss_func": name_of(trainer.compute_loss_func),
+        },
         "precision": "float16" if args.fp16 else "bfloat16" if args.bf16 else "float32",
         "processes": args.world_size,
         "versions": {"tunesmith": __version__, **{name: metadata.version(name) for name in PACKAGES}},
@@ -187,6 +191,11 @@ def adapter_identity(model: Any) -> dict[str, Any] | None:
     config = next(iter(configs.values()))
     found = {name: getattr(config, name, None) for name in ADAPTER}
     return {name: plain(value) for name, value in found.items()}
+
+
+def name_of(given: Any) -> str | None:
+    """What a function of the person's is called, or the class of an object."""
+    return None if given is None else getattr(given, "__qualname__", type(given).__qualname__)
 
 
 def plain(value: Any) -> Any:

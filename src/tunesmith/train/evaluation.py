@@ -1,7 +1,7 @@
 """Evaluation per trained token: the same figures for every batch size, layout and number of processes."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,6 +62,9 @@ class EvaluatingTrainer(TokenTrainer):
 
         For written answers use `evaluate.predict.predict`, or `tunesmith predict`.
         """
+        if isinstance(test_dataset, Mapping):
+            names = ", ".join(map(str, list(test_dataset)[:6]))
+            raise ConfigError(f"test_dataset is a dict of datasets ({names}). Give one of them.")
         test_dataset = self._prepared("test_dataset", test_dataset)
         with undisturbed(self.model, self.args.device):
             return super().predict(test_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)

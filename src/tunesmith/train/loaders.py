@@ -56,10 +56,14 @@ def seed_of(args: SFTConfig) -> int:
 
 
 def row_lengths(dataset: Any, args: SFTConfig) -> list[int]:
-    """Tokens of each row, or what a column says of it."""
+    """Tokens of each row, of a pair those of both answers, or what a column says of it."""
     if isinstance(dataset, datasets.Dataset):
-        told = args.length_column_name in dataset.column_names
-        return list(dataset[args.length_column_name]) if told else [len(ids) for ids in dataset["input_ids"]]
+        if args.length_column_name in dataset.column_names:
+            return list(dataset[args.length_column_name])
+        if "input_ids" in dataset.column_names:
+            return [len(ids) for ids in dataset["input_ids"]]
+        sides = [dataset[name] for name in dataset.column_names if name.endswith("_input_ids")]
+        return [sum(map(len, ids)) for ids in zip(*sides)]
     return [len(row["input_ids"]) for row in dataset]
 
 

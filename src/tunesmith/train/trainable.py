@@ -10,7 +10,7 @@ from tunesmith.errors import ConfigError
 from tunesmith.model.adapt import attach
 from tunesmith.model.chat_format import release_padding_row
 from tunesmith.model.load import load_any
-from tunesmith.model.quantize import is_quantized, keep_differentiable, prepare_for_kbit_training
+from tunesmith.model.quantize import is_quantized, keep_differentiable, keep_scales, prepare_for_kbit_training
 from tunesmith.train.options import SFTConfig, loading
 
 
@@ -50,6 +50,7 @@ def adapted(
     """The model with the adapter that `peft_config` describes, or ready to train as it is."""
     if peft_config is not None:
         if is_quantized(model):
+            keep_scales(model)
             prepare_for_kbit_training(model, **(args.prepare_in_int8_kwargs or {}))
         elif args.prepare_in_int8_kwargs:
             raise ConfigError(
@@ -59,6 +60,7 @@ def adapted(
         return attach(model, peft_config, tokenizer, say)
     if is_quantized(model):
         keep_differentiable(model)
+        keep_scales(model)
     elif hasattr(model, "get_input_embeddings"):
         release_padding_row(model)
     return model
