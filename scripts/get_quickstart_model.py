@@ -32,8 +32,9 @@ def say(text: str) -> None:
 
 
 def cache_folder() -> Path:
-    """Where the model is kept between runs."""
-    if own := os.environ.get("TUNESMITH_CACHE"):
+    """Where the model is kept between runs, also where `TUNESMITH_CACHE=off` keeps no data."""
+    own = os.environ.get("TUNESMITH_CACHE")
+    if own and own != "off":
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tunesmith"
 

@@ -147,6 +147,7 @@ def test_a_file_with_another_checksum_is_refused(tmp_path):
     [
         ({"TUNESMITH_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
         ({"XDG_CACHE_HOME": "/b"}, "/b/tunesmith"),
+        ({"TUNESMITH_CACHE": "off", "XDG_CACHE_HOME": "/b"}, "/b/tunesmith"),
         ({"HOME": "/c"}, "/c/.cache/tunesmith"),
     ],
 )
