@@ -46,6 +46,8 @@ def test_a_run_of_stage_pt_repeats_and_is_evaluated_in_blocks_as_it_was(workplac
     assert one == other
     assert yaml.safe_load((workplace / "one" / "recipe.yaml").read_text())["packing_strategy"] == "blocks"
     assert eval_loss(call("eval", "one")) == f"{figures(workplace / 'one')['eval_loss']:.4f}"
+    train(workplace, "old", **{**how, "max_length": None, "max_source_length": 32, "max_target_length": 9})
+    assert (workplace / "old" / "adapter_model.safetensors").read_bytes() == one
 
 
 # workflow: P3

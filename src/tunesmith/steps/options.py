@@ -58,8 +58,13 @@ def option(recipe: Recipe, name: str) -> Any:
 
 
 def training_options(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's training options over those of its stage; a resolved recipe gives them all."""
-    return {**STAGES[recipe.run.stage].defaults, **recipe.training}
+    """The recipe's training options over those of its stage; a resolved recipe gives them all.
+
+    Plain text has no answers: stage pt took the length of its blocks from `max_source_length`, and that is all.
+    """
+    unread = ("max_source_length", "max_target_length") if recipe.run.stage == "pt" else ()
+    given = {name: value for name, value in recipe.training.items() if name not in unread}
+    return {**STAGES[recipe.run.stage].defaults, **given}
 
 
 def saved_options(recipe: Recipe) -> dict[str, Any]:
