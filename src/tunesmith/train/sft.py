@@ -114,50 +114,23 @@ class SFTTrainer(GeneratingTrainer):
         quantization_config: Any = None,
     ):
         check_arguments(self, locals())
-        args = modernized(as_sft_config(args))
-        check_unloaded(args)
-        if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
-            raise ConfigError("optimizers and optimizer_cls_and_kwargs both name the optimizer. Give one of them.")
-        if args.device.type == "cpu":
-            allocator.tune()
-        self.args, self.model_init, self._peft_config = args, model_init, peft_config
+        self.args = checked_args(args, optimizers, optimizer_cls_and_kwargs)
+        self.model_init, self._peft_config, self._formatting_func = model_init, peft_config, formatting_func
+        self.compute_loss_func = compute_loss_func
         self.choices: list[str] = []
-        multiple = getattr(data_collator, "pad_to_multiple_of", None)
-        if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            data_collator = unless_default(data_collator, self.choices.append)
-        model = self._fresh_model(model, quantization_config)
-        processing_class = processing_for(model, one_of(processing_class, tokenizer), args)
-        self.tokenizer = tokenizer_in(processing_class)
-        if self.tokenizer is not None:
-            check_vocabulary(model, self.tokenizer)
-        model = adapted(model, args, peft_config, self.tokenizer, self.choices.append)
+        self.reports: dict[str, Report] = {}
+        model, processing_class = self._loaded(model, one_of(processing_class, tokenizer), quantization_config)
         if train_dataset is not None:
             check_trainable(model)
-        self.max_length = args.max_length = args.max_seq_length = longest_row(args, model, self.tokenizer)
-        self.reports: dict[str, Report] = {}
-        self._formatting_func, self._label_with = formatting_func, labels_by(data_collator, args)
-        self.compute_loss_func = compute_loss_func
-        self._own_batches = data_collator is None or self._label_with is not None
-        if self._own_batches:  # where ours take a given collator's place, they pad as it would have
-            args.pad_to_multiple_of = args.pad_to_multiple_of or multiple
-        self._makes_labels = makes_labels(data_collator)
-        self._num_embeddings = num_embeddings(model)
+        data_collator = self._collating(data_collator)
         train_dataset = self._prepared("train_dataset", train_dataset)
         eval_dataset = self._prepared("eval_dataset", eval_dataset)
-        if train_dataset is not None:
-            ours = self._own_batches or args.world_size == 1
-            self.largest_batch = largest_batch(train_dataset, args, drawn=ours)
-        args, lines = settled(args, model, train_dataset, self.largest_batch)
-        self.choices += lines
-        self.memory = None if self.largest_batch is None else memory_of(args, model, self.largest_batch)
-        if args.use_liger_kernel:
-            apply_liger(model, args.liger_kernel_config)
-            args.liger_kernel_config = liger_options(args.liger_kernel_config)  # transformers applies them once more
+        args = self._settled(model, train_dataset)
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
             model=model,
             args=args,
-            data_collator=FlatCollator() if self._own_batches else data_collator,
+            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -185,6 +158,43 @@ class SFTTrainer(GeneratingTrainer):
             logger.info(line)
 
     # ---- before training -----------------------------------------------------------------------------------------
+
+    def _loaded(self, model: Any, processing_class: Any, quantization_config: Any) -> tuple[nn.Module, Any]:
+        """The model with its adapter, and what reads its texts, found where it is not given."""
+        args, model = self.args, self._fresh_model(model, quantization_config)
+        processing_class = processing_for(model, processing_class, args)
+        self.tokenizer = tokenizer_in(processing_class)
+        if self.tokenizer is not None:
+            check_vocabulary(model, self.tokenizer)
+        model = adapted(model, args, self._peft_config, self.tokenizer, self.choices.append)
+        self.max_length = args.max_length = args.max_seq_length = longest_row(args, model, self.tokenizer)
+        self._num_embeddings = num_embeddings(model)
+        return model, processing_class
+
+    def _collating(self, data_collator: Callable | None) -> Callable:
+        """The person's collator, or ours where it does no more than ours; then rows are padded as it would have."""
+        args, multiple = self.args, getattr(data_collator, "pad_to_multiple_of", None)
+        if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            data_collator = unless_default(data_collator, self.choices.append)
+        self._label_with, self._makes_labels = labels_by(data_collator, args), makes_labels(data_collator)
+        self._own_batches = data_collator is None or self._label_with is not None
+        if not self._own_batches:
+            return data_collator
+        args.pad_to_multiple_of = args.pad_to_multiple_of or multiple
+        return FlatCollator()
+
+    def _settled(self, model: nn.Module, train_dataset: Any) -> SFTConfig:
+        """The arguments with nothing left open, as this model, machine and largest micro-batch have it."""
+        if train_dataset is not None:
+            ours = self._own_batches or self.args.world_size == 1
+            self.largest_batch = largest_batch(train_dataset, self.args, drawn=ours)
+        args, lines = settled(self.args, model, train_dataset, self.largest_batch)
+        self.choices += lines
+        self.memory = None if self.largest_batch is None else memory_of(args, model, self.largest_batch)
+        if args.use_liger_kernel:
+            apply_liger(model, args.liger_kernel_config)
+            args.liger_kernel_config = liger_options(args.liger_kernel_config)  # transformers applies them once more
+        return args
 
     def _fresh_model(self, model: nn.Module | str | None, quantization_config: Any) -> nn.Module:
         """The model itself, the one that its name stands for, or what `model_init` makes."""
@@ -409,11 +419,20 @@ def say_of_rows(name: str, report: Report, how: Preparation) -> None:
         )
 
 
-def check_unloaded(args: SFTConfig) -> None:
-    """Raise ConfigError for what can be told to be wrong before a model is loaded."""
+def checked_args(args: Any, optimizers: tuple, optimizer_cls_and_kwargs: tuple | None) -> SFTConfig:
+    """`args` as the trainer's own, before a model is loaded; the allocator is tuned for what will be.
+
+    Raises: ConfigError for what can be told to be wrong by then.
+    """
+    args = modernized(as_sft_config(args))
     loss_kind(args.loss_type, args.label_smoothing_factor)
     if args.use_liger_kernel:
         check_liger(args.liger_kernel_config)
+    if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
+        raise ConfigError("optimizers and optimizer_cls_and_kwargs both name the optimizer. Give one of them.")
+    if args.device.type == "cpu":
+        allocator.tune()
+    return args
 
 
 def labels_by(data_collator: Any, args: SFTConfig) -> Callable[[list[int]], list[int]] | None:
