@@ -36,6 +36,11 @@ def test_a_row_without_a_format_is_left_to_normalize():
             r".*closest is alpaca .*Set columns: {instruction: instrution}, or set format:",
         ),
         ({"question": "", "answer": ""}, r".*Set columns: {\w+: question, \w+: answer}"),
+        ({"input": "", "target": ""}, r".*Set columns: {\w+: input, \w+: target}"),
+        (
+            {"version": 1, "data": [{"question": "a", "answer": "b"}] * 2},
+            r"version, data, and data holds a list of 2 objects\. .* jq '\.\[\"data\"\]' a\.jsonl > rows\.json",
+        ),
         ({"foo": "", "bar": ""}, r"foo, bar\. Known: messages \(messages\); .*file\.py:function"),
         ({}, r"none\. Known: "),
         ({"prompt": "", "chosen": "", "rejected": ""}, r".*preference pairs, and stage sft"),

@@ -13,9 +13,9 @@ from tunesmith.lookup import did_you_mean
 
 # Names that other data gives to our columns, for suggestions only.
 NICKNAMES: dict[str, tuple[str, ...]] = {
-    "instruction": ("question", "query", "prompt", "user"),
+    "instruction": ("question", "query", "prompt", "user", "input"),
     "output": ("answer", "response", "completion", "target", "assistant"),
-    "prompt": ("question", "query", "instruction", "source", "user"),
+    "prompt": ("question", "query", "instruction", "source", "user", "input"),
     "completion": ("answer", "response", "output", "target", "assistant"),
     "messages": ("conversation", "conversations", "dialog", "dialogue", "chat", "turns"),
     "conversations": ("conversation",),
@@ -96,6 +96,12 @@ def _no_format(row: Row, columns: Mapping[str, str] | None, stage: str) -> str:
     choose = f"set format: to one of {_names(formats)} or to file.py:function"
     if {"chosen", "rejected"} <= value.keys():
         return f"{found}: these are preference pairs, and stage sft trains on single answers. To use a part, {choose}."
+    if inside := [key for key, held in row.value.items() if _are_rows(held)]:
+        name, count, path = visible(inside[0]), len(row.value[inside[0]]), visible(row.source)
+        return (
+            f"{found}, and {name} holds a list of {count:,} objects. If those are the rows, write them into a file of "
+            f"their own: jq '.[\"{name}\"]' {path} > rows.json"
+        )
     if not any(_guess(ours, present) for format in formats.values() for ours in format.columns):
         known = "; ".join(f"{name} ({_names(format.columns)})" for name, format in formats.items())
         return f"{found}. Known: {known}. Name yours in columns: {{prompt: ..., completion: ...}}, or {choose}."
@@ -110,6 +116,12 @@ def _no_format(row: Row, columns: Mapping[str, str] | None, stage: str) -> str:
     renames = ", ".join(f"{ours}: {visible(theirs or '...', 40)}" for ours, theirs in guesses.items())
     hint = "".join(did_you_mean(theirs, [ours]) for ours, theirs in guesses.items() if theirs)
     return f"{found}. The closest is {nearest} ({wanted}).{hint} Set columns: {{{renames}}}, or {choose}."
+
+
+def _are_rows(held: Any) -> bool:
+    """Whether a column's value looks like rows, and not like the turns of one: objects that say no role."""
+    is_list = isinstance(held, list | tuple) and held and all(isinstance(item, Mapping) for item in held)
+    return bool(is_list) and not any({"role", "from"} & item.keys() for item in held)
 
 
 def _nearness(format: Format, present: Sequence[str]) -> float:

@@ -242,9 +242,7 @@ def _string(value: Mapping[str, Any], name: str, default: str | None = None) -> 
     if found is None and default is not None:
         return default
     if not isinstance(found, str):
-        raise RowError(
-            f"'{name}' is {kind_of(found)}, not a text. Put it in quotes or leave the row out.", "bad-content"
-        )
+        raise no_text(name, found)
     return found
 
 
@@ -274,6 +272,13 @@ def turns_of(turns: Any, name: str) -> list[dict[str, Any]]:
 def columns_of(value: Mapping[str, Any]) -> str:
     """The names of a row's columns, for an error."""
     return ", ".join(visible(str(key), 40) for key in list(value)[:12]) or "none"
+
+
+def no_text(name: str, value: Any) -> RowError:
+    """The error of a value that should be a text, with what to do about its kind."""
+    is_list = isinstance(value, list | tuple)
+    way = "Join its parts, or write a row for each" if is_list and value else "Put it in quotes or leave the row out"
+    return RowError(f"'{name}' is {kind_of(value)}, not a text. {way}.", "bad-content")
 
 
 def kind_of(value: Any) -> str:

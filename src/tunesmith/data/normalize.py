@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypedDict
 
-from tunesmith.data.formats import FORMATS, INSTRUCTING, column, columns_of, kind_of, renamed, turns_of
+from tunesmith.data.formats import FORMATS, INSTRUCTING, column, columns_of, kind_of, no_text, renamed, turns_of
 from tunesmith.data.report import visible
 from tunesmith.data.rows import Row, RowError
 from tunesmith.errors import ConfigError
@@ -231,9 +231,7 @@ def _without_blank_end(messages: list[Message]) -> list[Message]:
 
 def _filled(text: Any, name: str, reason: str) -> str:
     if not isinstance(text, str):
-        raise RowError(
-            f"'{name}' is {kind_of(text)}, not a text. Put it in quotes or leave the row out.", "bad-content"
-        )
+        raise no_text(name, text)
     if not text.strip():
         raise RowError(f"'{name}' is empty. Fill it or leave the row out.", reason)
     return text
