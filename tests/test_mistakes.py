@@ -30,7 +30,6 @@ def said(output: str) -> str:
         ("adapter: full\nlora_r: 8\n", "bad.yaml:3, bad.yaml:4: LoRA options have no effect with adapter: full"),
         ("load_best_model_at_end: true\n", "bad.yaml:3: load_best_model_at_end needs evaluations"),
         ("warmup_steps: 20\nmax_steps: 10\n", "bad.yaml:3, bad.yaml:4: warmup_steps (20) is more than max_steps (10)"),
-        ("max_steps: 10\nnum_train_epochs: 2\n", "bad.yaml:3, bad.yaml:4: max_steps and num_train_epochs both say"),
         ("load_in_4bit: true\nadapter: full\n", "bad.yaml:3, bad.yaml:4: a 4- or 8-bit base has no weights"),
         ("eval_strategy: steps\n", "bad.yaml:3: eval_strategy: steps needs held-out examples"),
     ],

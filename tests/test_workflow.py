@@ -81,6 +81,44 @@ def test_check_shows_what_would_be_trained_and_writes_nothing(workplace):
     assert sorted(path.name for path in workplace.iterdir()) == before
 
 
+def test_check_looks_at_the_first_rows_of_a_stream(workplace):
+    output = call("check", "recipe.yaml", "--streaming", "--rows", "1")
+    assert "⟦red<|im_end|>⟧" in output.replace("\n", "")
+    assert "16 rows read, 16 kept" in output
+    assert "of a stream the first 16 rows are looked at" in output
+    (workplace / "broken.jsonl").write_text("no json\n")
+    output = call("check", "recipe.yaml", "--streaming", "--dataset", "broken.jsonl", code=3)
+    assert "broken.jsonl:1: not valid JSON" in output
+    assert "left out, and counted, with on_bad_row: skip" in output
+
+
+def test_check_finds_what_training_would_stop_at_before_any_row_is_read(workplace, monkeypatch):
+    monkeypatch.setattr("tunesmith.steps.options.get_available_reporting_integrations", lambda: [])
+    for command in ("check", "train"):
+        output = call(command, "recipe.yaml", "--report_to", "wandb", code=2)
+        assert "report_to: wandb is not installed" in output
+        assert "rows read" not in output
+
+
+def test_answers_are_not_written_over_others_that_nobody_named(workplace):
+    write_recipe(
+        workplace / "asks.yaml", output_dir="asked", eval_dataset="heldout.jsonl", dataset=None, max_new_tokens=2
+    )
+    (workplace / "generated_predictions.jsonl").write_text("precious")
+    assert "answers: asked/generated_predictions.jsonl" in call("predict", "asks.yaml")
+    assert "holds answers already. Name another file with --output" in call("predict", "asks.yaml", code=2)
+    how = ("--eval_dataset", "heldout.jsonl", "--max_new_tokens", "2", "--use_cpu", "true")
+    call("predict", "model", *how, code=2)
+    assert (workplace / "generated_predictions.jsonl").read_text() == "precious"
+    call("predict", "model", *how, "--output", "generated_predictions.jsonl")
+    assert (workplace / "generated_predictions.jsonl").read_text() != "precious"
+
+
+def test_merge_says_which_folders_of_a_recipe_it_takes(workplace):
+    for words in (("recipe.yaml",), ("recipe.yaml", "out")):
+        assert "its adapter_name_or_path and export_dir" in call("merge", *words, code=2)
+
+
 def test_part_of_the_data_can_be_held_out(workplace):
     output = call("check", "recipe.yaml", "--val_size", "0.25")
     assert "12 rows read, 12 kept" in output

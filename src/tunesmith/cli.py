@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperCommand
 
 from tunesmith import __version__
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import ConfigError, DataError, TunesmithError
 from tunesmith.ranks import is_first_process
 from tunesmith.runs import PREDICTIONS_FILE, STATUS_FILE, to_json
 from tunesmith.signals import Terminated
@@ -133,6 +133,8 @@ def report(error: BaseException, door: Door) -> int:
         typer.echo("Interrupted.", err=True)
         return 130
     typer.echo(f"{type(error).__name__}: {error}", err=True)
+    if getattr(error, "source", None) and isinstance(error, DataError):
+        typer.echo("Rows that cannot be used are left out, and counted, with on_bad_row: skip.", err=True)
     if isinstance(error, TunesmithError):
         return error.exit_code
     if isinstance(error, ImportError) and "pip install" in str(error):  # an option that needs another package
@@ -274,7 +276,13 @@ def evaluate(
 def predict(
     ctx: typer.Context,
     model: RunOrModel,
-    output: Annotated[Path, typer.Option(help="File for the answers")] = Path(PREDICTIONS_FILE),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"File for the answers, replaced if it is there. Default: {PREDICTIONS_FILE}, here or in a "
+            "recipe's output_dir, if it is not there yet"
+        ),
+    ] = None,
     as_json: AsJson = False,
     show_traceback: Traceback = False,
 ) -> None:
@@ -284,7 +292,16 @@ def predict(
 
         loaded = load_for_model(model, flags=ctx.args, task="predict")
         workflow = quiet_workflow()
-        workflow.predict(loaded, output=output, as_json=as_json)
+        workflow.predict(loaded, output=output or new_answers(model, loaded), as_json=as_json)
+
+
+def new_answers(model: str, loaded: Any) -> Path:
+    """Where answers go if nobody says: here, or into the output_dir of a recipe; never in place of others."""
+    folder = "" if Path(model).is_dir() else loaded.training.get("output_dir") or ""
+    path = Path(folder) / PREDICTIONS_FILE
+    if is_first_process() and path.exists() and path.stat().st_size:
+        raise ConfigError(f"{path} holds answers already. Name another file with --output, or that one to replace it.")
+    return path
 
 
 @app.command(cls=ChatCommand, context_settings=ANY_OPTION)
@@ -369,7 +386,7 @@ def merge_adapter(
     adapter: Annotated[
         str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run directory or adapter folder; several comma-separated")
     ],
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for the merged model")],
+    output: Annotated[Path | None, typer.Argument(metavar="OUTPUT", help="Folder for the merged model")] = None,
     base: Annotated[
         str | None, typer.Option(help="Base model, where it is not where the adapter's config says")
     ] = None,
@@ -386,6 +403,11 @@ def merge_adapter(
 
         keep_what_is_imported()
         folders = [part.strip() for part in adapter.split(",") if part.strip()]
+        if output is None or Path(adapter).suffix in (".yaml", ".yml", ".json"):
+            raise ConfigError(
+                "merge takes two folders: tunesmith merge RUN_OR_ADAPTER OUTPUT. Of a LLaMA-Factory recipe these are "
+                "its adapter_name_or_path and export_dir; --base is its model_name_or_path."
+            )
         merge(folders, output, base=base, max_shard_size=max_shard_size, overwrite=overwrite)
 
 

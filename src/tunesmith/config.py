@@ -401,6 +401,9 @@ ALIASES: dict[str, str] = {
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
     # LLaMA-Factory and LLaMA-Efficient-Tuning; recipe/llamafactory.py knows the keys that mean something else
     "template": "chat_template",
+    "prompt_template": "chat_template",
+    "dev_ratio": "val_size",
+    "neft_alpha": "neftune_noise_alpha",
     "adapter_name_or_path": "checkpoint_dir",
     "hf_hub_token": "hf_token",
     "hf_auth_token": "hf_token",

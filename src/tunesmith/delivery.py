@@ -22,8 +22,11 @@ from tunesmith.steps.options import decoding, system_prompt
 def chat(recipe: Recipe, system: str | None = None) -> None:
     """Talk to a model in the terminal."""
     refuse_to_talk(recipe)
+    say = said_on(Console(stderr=True))  # in a pipe only answers are written
+    for note in recipe.notes:
+        say(note)
     tokenizer = tokenizer_of(recipe)
-    model = usable_model(recipe, tokenizer, said_on(Console(stderr=True)))  # in a pipe only answers are written
+    model = usable_model(recipe, tokenizer, say)
     talk(
         model,
         tokenizer,
@@ -38,6 +41,8 @@ def serve(recipe: Recipe, *, name: str, host: str = "127.0.0.1", port: int = 800
     """Answer over HTTP until Ctrl-C: OpenAI-style endpoints and a chat page."""
     refuse_to_talk(recipe)
     console = Console()
+    for note in recipe.notes:
+        said_on(console)(note)
     tokenizer = tokenizer_of(recipe)
     serve_model(
         usable_model(recipe, tokenizer, said_on(console)),

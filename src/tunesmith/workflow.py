@@ -37,12 +37,21 @@ from tunesmith.runs import (
 )
 from tunesmith.signals import Terminated, heeded
 from tunesmith.steps.answers import answered, check_prompts, written_metric
-from tunesmith.steps.data import Prepared, after_stream, check_data, prepare_data, report_json, show_data
+from tunesmith.steps.data import (
+    Prepared,
+    after_stream,
+    check_data,
+    first_of_stream,
+    prepare_data,
+    report_json,
+    show_data,
+)
 from tunesmith.steps.figures import training_figures
 from tunesmith.steps.memory import memory_json, show_memory
 from tunesmith.steps.model import tokenizer_of, trainable_model, usable_model
 from tunesmith.steps.options import (
     STAGES,
+    check_installed,
     check_warmup,
     decoding,
     evaluation_arguments,
@@ -95,6 +104,7 @@ def run_phases(recipe: Recipe, folder: Run, found: Beginning, console: Console) 
         folder.save_recipe(repeatable(saved_options(recipe)))
     going_on = [f"resume: going on from {checkpoint}"] if checkpoint is not None else []
     tell([*recipe.notes, *found.skipped, *going_on], folder, console)
+    check_installed(recipe)
     tokenizer = tokenizer_of(recipe, lambda line: tell([line], folder, console))
     data = prepare_data(recipe, tokenizer)
     folder.save_json(DATA_REPORT_FILE, report_json(data))
@@ -364,10 +374,14 @@ def check(recipe: Recipe, rows: int = 3, *, as_json: bool = False) -> Prepared:
     console = own_console(recipe, as_json)
     tell(recipe.notes, None, console)
     tokenizer = tokenizer_of(recipe)
+    check_installed(recipe)
     data = prepare_data(recipe, tokenizer)
+    stream = data.train
+    if recipe.data.streaming and stream is not None:
+        data = first_of_stream(recipe, tokenizer, data)
     show_data(data, tokenizer, console, rows)
     check_data(recipe, data)
-    memory = memory_json(recipe, data.train) if phases(recipe).train else None
+    memory = memory_json(recipe, stream) if phases(recipe).train else None
     if memory is not None:
         show_memory(memory, console)
     if as_json:

@@ -81,6 +81,7 @@ def test_a_turn_can_be_left_out_or_weighted(byte_tokenizer):
     [
         ({"train": True}, {}, "train-not-assistant"),
         ({"weight": 2}, {}, "train-not-assistant"),
+        ({"weight": 1.0}, {}, "train-not-assistant"),
         ({"weight": -1}, {}, "bad-weight"),
         ({"weight": "high"}, {}, "bad-weight"),
         ({"train": False}, {"train_on": "all"}, "train-flag-with-all"),
@@ -319,10 +320,7 @@ def test_a_tool_s_answer_may_be_written_as_json(byte_tokenizer, written, content
     template = ZEPHYR.replace("{% elif", "{% elif m.role == 'tool' %}<|im_start|>tool\n" + written + "{% elif", 1)
     template = template.replace("m.content | fromjson", "{'weather': 'raining', 'in': 'Rome'}")
     messages = [HI[0], {"role": "assistant", "content": "I ask."}, {"role": "tool", "content": content}, HI[1]]
-    assert [span.weight for span in render({"messages": messages}, byte_tokenizer, chat_template=template).spans] == [
-        1,
-        1,
-    ]
+    assert len(render({"messages": messages}, byte_tokenizer, chat_template=template).spans) == 2
 
 
 def test_thoughts_of_trained_turns_that_the_template_leaves_out_are_told(byte_tokenizer):

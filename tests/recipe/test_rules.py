@@ -74,7 +74,6 @@ BROKEN = [
     ({"compare_rows": 3}, "compare_rows and sample_rows need held-out examples"),
     ({"eval_dataset": "e", "val_size": 0.1}, "both say what is held out"),
     ({"warmup_steps": 20, "max_steps": 10}, "warmup_steps (20) is more than max_steps (10)"),
-    ({"max_steps": 10, "num_train_epochs": 1}, "both say how long to train"),
     ({"tokens_per_batch": 512}, "tokens_per_batch (512) is below max_length (1024)"),
 ]
 
@@ -254,3 +253,31 @@ def test_an_error_is_a_config_error_with_exit_code_2():
     with pytest.raises(ConfigError) as caught:
         load_recipe(NEEDED, {"bf16": True, "fp16": True})
     assert caught.value.exit_code == 2
+
+
+def test_of_steps_and_epochs_the_steps_say_how_long_and_that_is_said():
+    notes = load_recipe(NEEDED, {"max_steps": 10, "num_train_epochs": 2}).notes
+    assert "max_steps: 10 says how long to train; num_train_epochs has no effect." in notes
+
+
+def test_a_reward_model_is_told_nothing_of_how_answers_are_written():
+    theirs = {"template": "chatml", "finetuning_type": "lora", "val_size": 2, "do_train": True, "do_predict": True}
+    notes = {
+        stage: " ".join(load_recipe(NEEDED, {**theirs, **more}).notes)
+        for stage, more in (("rm", {"stage": "rm"}), ("sft", {"predict_with_generate": True}))
+    }
+    assert "do_sample" in notes["sft"]
+    assert "do_sample" not in notes["rm"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "option"),
+    [
+        ("dev_ratio", 0.1, "val_size"),
+        ("prompt_template", "chatml", "chat_template"),
+        ("neft_alpha", 5, "neftune_noise_alpha"),
+    ],
+)
+def test_keys_of_the_first_months_are_known(key, value, option):
+    recipe = load_recipe(NEEDED, {key: value})
+    assert {**vars(recipe.data), **recipe.training}[option] == value

@@ -11,7 +11,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 from transformers.modeling_outputs import CausalLMOutput
 
 from tests.tiny import make_byte_tokenizer, make_tiny_model
-from tests.train.rows import make_trainer
+from tests.train.rows import assert_same, first_gradients, make_trainer
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.train.options import SFTConfig
 from tunesmith.train.sft import SFTTrainer
@@ -391,7 +391,105 @@ def test_rows_of_which_nothing_is_trained_stop_the_run(tiny_model, byte_tokenize
 
 
 def test_rows_that_nobody_prepared_say_what_they_lack(tiny_model, byte_tokenizer, tmp_path):
-    rows = datasets.Dataset.from_list([{"input_ids": [1, 2, 3]}])
+    rows = datasets.Dataset.from_list([{"labels": [1, 2, 3]}])
     options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_steps": 1}
-    with pytest.raises(DataError, match="a row has no input_ids or no labels, only input_ids"):
+    with pytest.raises(DataError, match="a row has no input_ids, only labels"):
         make_trainer(tiny_model, byte_tokenizer, rows, tmp_path, **options).train()
+
+
+def test_rows_of_ids_that_nobody_prepared_are_trained_whole(make_tiny_model, byte_tokenizer, tmp_path):
+    ids = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7]}]
+    rows = [
+        datasets.Dataset.from_list(ids),
+        datasets.Dataset.from_list([row | {"labels": row["input_ids"]} for row in ids]),
+    ]
+    options = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    losses = [
+        first_gradients(make_trainer(make_tiny_model(), byte_tokenizer, data, tmp_path, **options))[0] for data in rows
+    ]
+    assert losses[0] == losses[1]
+
+
+class MeanLoss(SFTTrainer):
+    """A loss as older scripts have it: the mean of a micro-batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        loss = cross_entropy(outputs.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+        return (loss, outputs) if return_outputs else loss
+
+
+class FlaggedLoss(MeanLoss):
+    """The remedy that transformers documents."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+
+@pytest.mark.parametrize("kind", [MeanLoss, FlaggedLoss])
+def test_a_mean_of_ones_own_is_no_larger_for_being_accumulated(make_tiny_model, byte_tokenizer, tmp_path, kind):
+    rows = datasets.Dataset.from_list([{"input_ids": [65 + i, 66, 67], "labels": [65 + i, 66, 67]} for i in range(4)])
+    found = []
+    for size in (4, 2):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, max_grad_norm=0.0, disable_tqdm=True, **options)
+        found.append(
+            first_gradients(kind(make_tiny_model(), args, train_dataset=rows, processing_class=byte_tokenizer))
+        )
+    assert_same(*found)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"rows": {"text": "abc"}, "assistant_only_loss": True}, "assistant_only_loss=True trains answers alone, and"),
+        ({"rows": {"text": "abc"}, "train_on": "last_turn"}, "train_on='last_turn' trains answers alone, and the row"),
+        ({"rows": {"input_ids": [1, 2]}, "assistant_only_loss": True}, "the token rows have neither labels nor masks"),
+        (
+            {"rows": {"q": "a"}, "formatting_func": lambda row: row["q"], "completion_only_loss": True},
+            "formatting_func returns plain text, which has none",
+        ),
+    ],
+)
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_answers_alone_are_not_asked_of_rows_without(tiny_model, byte_tokenizer, tmp_path, given, words, as_stream):
+    given = dict(given)
+    rows, function = datasets.Dataset.from_list([given.pop("rows")] * 2), given.pop("formatting_func", None)
+    rows = rows.to_iterable_dataset() if as_stream else rows
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=1, save_strategy="no", **given)
+    with pytest.raises(ConfigError, match=words.replace("token rows have", "(token rows have|row has)")):
+        SFTTrainer(
+            tiny_model, args, train_dataset=rows, processing_class=byte_tokenizer, formatting_func=function
+        ).train()
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "trained"),
+    [
+        ({"prompt": "p", "completion": "c"}, "prompt", "c<|im_end|>"),
+        (
+            {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+            "messages",
+            "a<|im_end|>",
+        ),
+        ({"instruction": "i", "output": "o"}, "output", "o<|im_end|>"),
+        ({"prompt": "p", "completion": "c", "story": "s"}, "story", "s<|im_end|>"),
+    ],
+)
+def test_a_text_column_that_is_part_of_a_format_is_read_as_that(
+    tiny_model, byte_tokenizer, tmp_path, row, field, trained
+):
+    trainer = make_trainer(tiny_model, byte_tokenizer, [row], tmp_path, dataset_text_field=field)
+    assert trained_text(trainer) == trained
+
+
+def test_a_column_text_beside_another_format_is_not_left_in_silence(tiny_model, byte_tokenizer, tmp_path):
+    rows = [{"instruction": "i", "output": "o", "text": "whole"}]
+    with pytest.warns(
+        UserWarning, match="train_dataset row 1: the rows are read as alpaca, and their column text is not"
+    ):
+        trainer = make_trainer(tiny_model, byte_tokenizer, rows, tmp_path)
+    assert trained_text(trainer) == "o<|im_end|>"
+    trainer = make_trainer(tiny_model, byte_tokenizer, rows, tmp_path, dataset_kwargs={"format": "text"})
+    assert trained_text(trainer) == "whole<|im_end|>"

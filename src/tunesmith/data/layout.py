@@ -100,7 +100,8 @@ class Template:
         """The loop over questions and answers."""
         yield "{%- for message in turns %}"
         if self.alternates:
-            yield "    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+            says = "message.role in ('user', 'assistant')"  # other roles have a sentence of their own, below
+            yield f"    {{%- if {says} and (message.role == 'user') != (loop.index0 % 2 == 0) %}}"
             yield "        {{- raise_exception('user and assistant turns must alternate, a user turn first') }}"
             yield "    {%- endif %}"
         yield f"    {{%- set content = (message.content or ''){' | trim' if self.trim else ''} %}}"

@@ -35,7 +35,8 @@ def trained_turns(messages: Sequence["Message"], train_on: str, first: int | Non
 
     `first`: index of the first message of a row's completion.
     """
-    flagged = [i for i, message in enumerate(messages) if _weight(message, i, where) != 1 or message.get("train")]
+    given = ("train", "weight")
+    flagged = [i for i, message in enumerate(messages) if any(message.get(key) is not None for key in given)]
     if train_on == "all":
         narrowed = [i for i in flagged if _weight(messages[i], i, where) != 1]
         if narrowed:

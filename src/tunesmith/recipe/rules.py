@@ -361,11 +361,6 @@ TRAINING = [
         "warmup_steps ({warmup_steps:g}) is more than max_steps ({max_steps}). Lower it.",
     ),
     Rule(
-        ("max_steps", "num_train_epochs"),
-        lambda v, given: v["max_steps"] > 0 and "num_train_epochs" in given,
-        "max_steps and num_train_epochs both say how long to train. Keep one.",
-    ),
-    Rule(
         ("tokens_per_batch", "max_length"),
         lambda v, given: v["tokens_per_batch"] and v["max_length"] and v["tokens_per_batch"] < v["max_length"],
         "tokens_per_batch ({tokens_per_batch}) is below max_length ({max_length}): the longest example would not fit.",
@@ -436,6 +431,8 @@ def remarks(values: Values, chosen: Where, parts: Phases, runs: bool) -> list[st
             f"eval_dataset is not set: these are the examples that val_size: {values['val_size']:g} holds out of "
             "dataset, those of the training while dataset and seed are the same."
         )
+    if parts.train and values["max_steps"] > 0 and "num_train_epochs" in chosen:
+        lines.append(f"max_steps: {values['max_steps']} says how long to train; num_train_epochs has no effect.")
     if in_few_bits(values) and not parts.train:
         lines.append("Evaluating model in 4/8-bit mode may cause lower scores.")
     drawing = [key for key in ("temperature", "top_p", "top_k") if differs(key, chosen)]
@@ -445,5 +442,6 @@ def remarks(values: Values, chosen: Where, parts: Phases, runs: bool) -> list[st
         )
     if runs:
         spelled = [item.spelled for item in chosen.values()]
-        lines += different_defaults(spelled, values, trains=parts.train, writes=bool(answers(values)))
+        writes = bool(answers(values)) and values["stage"] == "sft"
+        lines += different_defaults(spelled, values, trains=parts.train, writes=writes)
     return lines

@@ -1,6 +1,8 @@
 """The data of a run: recipe and tokenizer → token rows and held-out examples, with their reports."""
 
+import dataclasses
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import datasets
@@ -20,6 +22,9 @@ from tunesmith.errors import ConfigError
 from tunesmith.model.open import longest_text
 from tunesmith.recipe import Recipe, is_resolved, phases
 from tunesmith.steps.options import option, seed_of
+
+LOOKED_AT = 100
+"""Examples of a stream that `tunesmith check` reads."""
 
 
 class Prepared(NamedTuple):
@@ -74,6 +79,19 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Prepared:
         else:
             found.evaluation_reports[name].kept = len(examples)  # each is asked
     return Prepared(train, report, evaluation, found.evaluation_reports, found.evaluation)
+
+
+def first_of_stream(recipe: Recipe, tokenizer: Any, data: Prepared) -> Prepared:
+    """The data with the first rows of its stream read and tokenized, without the large buffer that shuffles them."""
+    few = dataclasses.replace(recipe.data, buffer_size=min(recipe.data.buffer_size, LOOKED_AT))
+    found = stream(few, stage=recipe.run.stage, text_field=option(recipe, "dataset_text_field"), seed=seed_of(recipe))
+    examples = list(islice(found.train.read(epoch=0, cursor={}), LOOKED_AT))
+    check_turns(recipe, examples)
+    report = found.report
+    report.read, report.kept = len(examples) + report.num_dropped, 0
+    rows = encode(recipe, examples, tokenizer, report)
+    report.note(f"of a stream the first {report.read:,} rows are looked at")
+    return data._replace(train=rows, report=report)
 
 
 def check_turns(recipe: Recipe, examples: Sequence[Example]) -> None:

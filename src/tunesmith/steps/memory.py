@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from tunesmith.deliver.summary import memory_lines
+from tunesmith.errors import ConfigError
 from tunesmith.model.capabilities import usable_bytes
 from tunesmith.model.load import first_line
 from tunesmith.model.sketch import sketch
@@ -44,6 +45,8 @@ def memory_json(recipe: Recipe, rows: Any) -> dict[str, Any]:
         }
         if memory.total > usable:
             figures["helps"] = helps(recipe, rows, memory)
+    except ConfigError:  # training would not begin either
+        raise
     except Exception as error:  # a model's own code may do anything; training will say what is wrong
         return {"reason": f"{type(error).__name__}: {first_line(error)}"}
     return figures

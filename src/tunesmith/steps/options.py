@@ -90,15 +90,20 @@ def trainer_arguments(recipe: Recipe, folder: Run, checkpoint: Path | None = Non
         defaults["dataset_kwargs"] = {"format": FINISHED, "on_bad_row": recipe.data.on_bad_row}
     if checkpoint is not None and not {"bf16", "fp16"} & recipe.training.keys():
         defaults |= precision_of(checkpoint)
-    check_allowed(recipe.training.get("resume_allow") or ())
-    check_trackers(recipe.training.get("report_to"))
-    check_deepspeed(recipe.training.get("deepspeed"))
+    check_installed(recipe)
     try:
         return STAGES[recipe.run.stage].config(**{**defaults, **loss_of_pairs(recipe), **training_options(recipe)})
     except ConfigError:
         raise
     except ValueError as error:  # transformers checks combinations of its own
         raise ConfigError(f"the training options contradict each other: {error}") from error
+
+
+def check_installed(recipe: Recipe) -> None:
+    """Raise ConfigError for options whose words or packages are not there; known before any row is read."""
+    check_allowed(recipe.training.get("resume_allow") or ())
+    check_trackers(recipe.training.get("report_to"))
+    check_deepspeed(recipe.training.get("deepspeed"))
 
 
 def precision_of(checkpoint: Path) -> dict[str, bool]:

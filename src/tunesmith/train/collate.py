@@ -193,11 +193,12 @@ def nothing(length: int = 1) -> dict[str, Tensor]:
 def split_documents(row: dict[str, Any]) -> list[dict[str, Tensor]]:
     """The documents of one row, as int64 tensors: several if it is packed, else itself, without its padding."""
     columns = {name: as_tensor(row[name]) for name in ("input_ids", "labels", "weights") if row.get(name) is not None}
-    if not {"input_ids", "labels"} <= columns.keys():
+    if "input_ids" not in columns:
+        found = ", ".join(row)
         raise DataError(
-            f"a row has no input_ids or no labels, only {', '.join(row)}. skip_prepare_dataset leaves rows as they "
-            "are: leave it out, or give both."
+            f"a row has no input_ids, only {found}. skip_prepare_dataset leaves rows as they are: remove it."
         )
+    columns.setdefault("labels", columns["input_ids"])
     lengths = row.get("seq_lengths")
     if lengths is None:
         seen = row.get("attention_mask")

@@ -207,7 +207,7 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         if any("seq_lengths" in row for row in rows):
             batch = FlatCollator()(rows)
         elif self.padding_free:
-            flat = FlatCollator()(rows)
+            flat = FlatCollator()([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
             batch = {key: flat[key] for key in ("input_ids", "labels", "position_ids")}
         else:
             batch = self._padded(rows)

@@ -18,7 +18,7 @@ from tunesmith.data.prepare import TOKEN_TYPES, as_dataset, batched, joined, not
 from tunesmith.data.report import Report
 from tunesmith.errors import ConfigError
 from tunesmith.train.batching import shuffled
-from tunesmith.train.reading import Preparation, Reader, beside, check_report, numbered, values_of
+from tunesmith.train.reading import Preparation, Reader, beside, check_answers, check_report, numbered, values_of
 from tunesmith.train.ready import masks_in, ready, refitted
 from tunesmith.train.streaming import (
     MixedStream,
@@ -147,6 +147,8 @@ def _documents(name: str, dataset: Any, how: Preparation, report: Report) -> Any
     if "input_ids" in columns:
         if "weights" in columns:
             check_weighed(how.unweighed, f"{name}: ")
+        if "labels" not in columns and not masks_in(columns, how.train_on):
+            check_answers(how, name, "the token rows have neither labels nor masks")
         return ready(name, dataset, columns, how, report)
     return _encoded(name, dataset, how, report)
 

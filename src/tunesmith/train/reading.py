@@ -1,5 +1,6 @@
 """What a dataset's preparation depends on, and rows read as examples."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.data.detect import describe_format, detect_format
 from tunesmith.data.encode import Encoding
-from tunesmith.data.formats import columns_of
+from tunesmith.data.formats import FORMATS, columns_of
 from tunesmith.data.formatting import Formatter
 from tunesmith.data.mix import Stop
 from tunesmith.data.normalize import Example
@@ -17,7 +18,7 @@ from tunesmith.data.pack import TOKEN_COLUMNS, PackingStrategy, length_before_pa
 from tunesmith.data.prepare import BATCH_ROWS, normalized
 from tunesmith.data.report import Report, place
 from tunesmith.data.rows import Row, RowError, without_nulls
-from tunesmith.errors import DataError
+from tunesmith.errors import ConfigError, DataError
 from tunesmith.lookup import did_you_mean
 
 NOT_PACKED = (
@@ -66,6 +67,8 @@ class Preparation:
     columns: dict[str, str] | None = None
     system_prompt: str | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    answers_by: str = ""
+    """The option that asks for answers alone, as the person wrote it, if there is one."""
     unweighed: str = ""
     """The argument whose loss or batches know nothing of weights, if there is one."""
 
@@ -128,6 +131,7 @@ def preparation_of(
         own_collator=own_collator,
         makes_labels=makes_labels,
         unweighed=unweighed,
+        answers_by=answers_by(args),
         keep_columns=args.remove_unused_columns is False,
         skip=bool(kwargs.get("skip_prepare_dataset", False)),
         num_of_sequences=args.num_of_sequences,
@@ -135,6 +139,23 @@ def preparation_of(
         chat_template_kwargs=args.chat_template_kwargs,
         **{key: kwargs[key] for key in OF_DATASETS if key in kwargs},
     )
+
+
+def answers_by(args: Any) -> str:
+    """The option that asks for answers alone, where one was given a value that says so."""
+    for name in ("assistant_only_loss", "completion_only_loss"):
+        if getattr(args, name):
+            return f"{name}=True"
+    return f"train_on={args.train_on!r}" if args.train_on in ("completion", "last_turn") else ""
+
+
+def check_answers(how: Preparation, where: str, what: str) -> None:
+    """Raise ConfigError for rows without answers where an option asks for them: every token would be trained."""
+    if how.answers_by and how.label_with is None and not how.own_collator:
+        raise ConfigError(
+            f"{where}: {how.answers_by} trains answers alone, and {what}. Give conversations, or prompts with "
+            "completions, or leave the option out and train every token."
+        )
 
 
 def beside(columns: Iterable[str], how: Preparation) -> list[str]:
@@ -205,6 +226,8 @@ class Reader:
         if self.formatter is not None:
             self.columns = None
             self.format = detect_format(rows)
+        elif self.how.format is None and self.columns is None and (named := format_with(field, rows)) is not None:
+            self.format = named
         elif self.how.format is None and self.columns is None and field != "text":
             first = rows[0]
             if field not in first.value:
@@ -216,6 +239,25 @@ class Reader:
             self.columns, self.format = {"text": field}, "text"
         else:
             self.format = self.how.format or detect_format(rows, self.columns)
+        if self.format == "text":
+            made = "formatting_func returns plain text" if self.formatter is not None else "the row is plain text"
+            check_answers(self.how, place(rows[0].source, rows[0].line), f"{made}, which has none")
+        elif self.formatter is None and self.format in FORMATS and rows[0].value.get("text"):
+            warnings.warn(
+                f"{place(rows[0].source, rows[0].line)}: the rows are read as {self.format}, and their column text is "
+                "not. To train on that, set dataset_kwargs={'format': 'text'}; or take the column out.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def format_with(field: str, rows: Sequence[Row]) -> str | None:
+    """The format that the rows have, where the text column that was named is one of its own: then it is no text."""
+    try:
+        found = detect_format(rows)
+    except (DataError, ConfigError):
+        return None
+    return found if found != "text" and field in FORMATS[found].columns else None
 
 
 def numbered(name: str, values: Iterable[Mapping[str, Any]], from_table: bool) -> Iterator[Row]:

@@ -1,8 +1,10 @@
 """TokenTrainer: transformers' trainer with a loss at trained tokens only, normalised over the whole step."""
 
+import dis
+import inspect
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -56,8 +58,8 @@ class TokenTrainer(GuardedTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # our loss is normalised over the whole step
-        self.loss_is_scaled_for_ga = True  # the same, for transformers ≥ 5.2x
+        # our loss is normalised over the whole step; a mean of a micro-batch is divided by how many there are
+        self.model_accepts_loss_kwargs = may_know_the_step(type(self).compute_loss)
         self.label_names = ["labels"]  # transformers reads them off a forward's signature, which wrappers hide
         self.tokens_seen, self.flops_seen, self._flops = 0, 0.0, StepFlops(0.0, 0.0, 0.0)
         self._tokens_before: int | None = None  # of the sessions before this one, all processes
@@ -385,6 +387,24 @@ class TokenTrainer(GuardedTrainer):
                 log_history=self.state.log_history,
                 method=self.method,
             )
+
+
+def may_know_the_step(compute_loss: Callable) -> bool:
+    """Whether a `compute_loss` may divide by the weight of the whole step: it reads it, or asks another that does.
+
+    transformers takes that for granted wherever the model's forward takes keywords, and then gradients of a plain
+    mean grow with `gradient_accumulation_steps`.
+    """
+    code = getattr(inspect.unwrap(compute_loss), "__code__", None)
+    if code is None:
+        return True
+    asks = {"num_items_in_batch", "super", "compute_loss"}
+    if code.co_flags & inspect.CO_VARKEYWORDS:
+        asks.add(
+            code.co_varnames[code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)]
+        )
+    loads = (step.argval for step in dis.get_instructions(code) if step.opname.startswith("LOAD"))
+    return any(not asks.isdisjoint(names if isinstance(names, tuple) else (names,)) for names in loads)
 
 
 def stacked(values: Iterable[Any], like: Tensor) -> Tensor:

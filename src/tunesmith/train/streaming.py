@@ -25,8 +25,8 @@ from tunesmith.data.prepare import as_dataset
 from tunesmith.data.report import Problem, Report, place
 from tunesmith.data.rows import Row
 from tunesmith.data.tokenize import Tokens
-from tunesmith.train.reading import Preparation, Reader, beside, check_report, numbered
-from tunesmith.train.ready import fitted
+from tunesmith.train.reading import Preparation, Reader, beside, check_answers, check_report, numbered
+from tunesmith.train.ready import fitted, masks_in
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +188,8 @@ class TokenStream(Stream):
     def _ready(self, rows: Iterator[Row]) -> Iterator[dict[str, Any]]:
         """Rows with `input_ids`: as they are, but for labels; under packing, fitted into a row."""
         for row in rows:
+            if "labels" not in row.value and not masks_in(row.value, self.how.train_on):
+                check_answers(self.how, place(row.source, row.line), "the row has neither labels nor masks")
             if row.value.get("weights") is not None:
                 check_weighed(self.how.unweighed, f"{place(row.source, row.line)}: ")
             part = Report()
