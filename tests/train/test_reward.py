@@ -224,6 +224,11 @@ def test_several_evaluation_sets_and_a_metric_of_ones_own(tmp_path):
     assert names <= found.keys()
 
 
+def test_a_margin_is_not_left_out_in_silence(tmp_path):
+    with pytest.warns(UserWarning, match="train_dataset: the column margin is not read"):
+        make_reward_trainer(tmp_path, rows=[row | {"margin": 5.0} for row in POLITE])
+
+
 def test_one_set_is_scored_at_a_time(tmp_path):
     with pytest.raises(ConfigError, match=r"test_dataset is a dict of datasets \(a, b\). Give one of them"):
         make_reward_trainer(tmp_path).predict({"a": POLITE, "b": POLITE})

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -385,6 +386,8 @@ def read_pairs(
     """Preference rows as rows of `Pair`."""
     on_bad_row = (args.dataset_kwargs or {}).get("on_bad_row", "error")
     examples = []
+    if "margin" in columns_of(dataset):
+        warnings.warn(f"{name}: the column margin is not read: every pair counts alike.", UserWarning, stacklevel=4)
     for row in numbered(name, values_of(dataset), from_table=isinstance(dataset, datasets.Dataset)):
         report.read += 1
         try:
