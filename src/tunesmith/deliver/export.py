@@ -130,7 +130,7 @@ EXPORTS: dict[str, Callable[..., dict[str, Any]]] = {"gguf": export_gguf, "ollam
 
 def check_asked(output: Path | None, *, to: str, kind: str, overwrite: bool) -> Path:
     """`output`, if it can be written there; raises ConfigError before a model is loaded for nothing."""
-    lookup(EXPORTS, to, "--to")
+    lookup(EXPORTS | {"vllm": vllm_command}, to, "--to")
     library()
     check_kind(kind)
     if output is None:

@@ -177,7 +177,9 @@ def attach(
     if is_quantized(model):
         prepare_for_kbit_training(model)
     try:
-        wrapped = get_peft_model(model, peft_config)
+        with warnings.catch_warnings():  # of transformers, for what peft asks of it
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            wrapped = get_peft_model(model, peft_config)
     except (ValueError, TypeError, IndexError) as error:
         raise ConfigError(f"peft_config: {str(error).splitlines()[0]}") from error
     refuse_borrowed_embeddings(wrapped)
