@@ -473,7 +473,7 @@ def test_answers_alone_are_not_asked_of_rows_without(tiny_model, byte_tokenizer,
             "messages",
             "a<|im_end|>",
         ),
-        ({"instruction": "i", "output": "o"}, "output", "o<|im_end|>"),
+        ({"instruction": "i", "output": "o"}, "instruction", "i<|im_end|>"),
         ({"prompt": "p", "completion": "c", "story": "s"}, "story", "s<|im_end|>"),
     ],
 )

@@ -252,12 +252,15 @@ class Reader:
 
 
 def format_with(field: str, rows: Sequence[Row]) -> str | None:
-    """The format that the rows have, where the text column that was named is one of its own: then it is no text."""
+    """The format that the rows have, where the text column that was named is a part of it: then it is no text.
+
+    As in TRL, which knows these two; a column of alpaca's rows is a text like others.
+    """
     try:
         found = detect_format(rows)
     except (DataError, ConfigError):
         return None
-    return found if found != "text" and field in FORMATS[found].columns else None
+    return found if found in ("messages", "prompt-completion") and field in FORMATS[found].columns else None
 
 
 def numbered(name: str, values: Iterable[Mapping[str, Any]], from_table: bool) -> Iterator[Row]:
