@@ -41,10 +41,12 @@ from tunesmith.steps.data import (
     Prepared,
     after_stream,
     check_data,
+    evaluation_notes,
     first_of_stream,
     prepare_data,
     report_json,
     show_data,
+    taken_over,
 )
 from tunesmith.steps.figures import training_figures
 from tunesmith.steps.memory import memory_json, show_memory
@@ -341,25 +343,6 @@ def add_notes(trainer: Any, data: Prepared, folder: Run, said: list[str]) -> Non
         said += taken_over(trainer, "train_dataset", data.report, "data")
     said += evaluation_notes(trainer, data)
     folder.save_json(DATA_REPORT_FILE, report_json(data))
-
-
-def evaluation_notes(trainer: Any, data: Prepared) -> list[str]:
-    """The same of evaluation sets alone."""
-    lines = []
-    for name, report in data.evaluation_reports.items():
-        place = f"[{name}]" if name else ""
-        lines += taken_over(trainer, f"eval_dataset{place}", report, f"evaluation data{place}")
-    return lines
-
-
-def taken_over(trainer: Any, dataset: str, report: Any, title: str) -> list[str]:
-    """The trainer's notes on a dataset, put into the run's report on it, as lines."""
-    found = trainer.reports.get(dataset)
-    if report is None or found is None or found is report:
-        return []
-    for note in found.notes:
-        report.note(note)
-    return [f"{title}: {note}" for note in found.notes]
 
 
 # ---- look, score, answer, talk -----------------------------------------------------------------------------------

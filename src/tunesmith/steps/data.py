@@ -166,6 +166,25 @@ def after_stream(data: Prepared, tokenized: Report | None) -> Prepared:
     return data._replace(report=report)
 
 
+def evaluation_notes(trainer: Any, data: Prepared) -> list[str]:
+    """What only the trainer found out about the evaluation sets, put into the reports on them, as lines."""
+    lines = []
+    for name, report in data.evaluation_reports.items():
+        place = f"[{name}]" if name else ""
+        lines += taken_over(trainer, f"eval_dataset{place}", report, f"evaluation data{place}")
+    return lines
+
+
+def taken_over(trainer: Any, dataset: str, report: Any, title: str) -> list[str]:
+    """The trainer's notes on a dataset, put into the run's report on it, as lines."""
+    found = trainer.reports.get(dataset)
+    if report is None or found is None or found is report:
+        return []
+    for note in found.notes:
+        report.note(note)
+    return [f"{title}: {note}" for note in found.notes]
+
+
 def report_json(data: Prepared) -> dict[str, Any]:
     """The reports as data."""
     held_out = {name: report.to_json() for name, report in data.evaluation_reports.items()}
