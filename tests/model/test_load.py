@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers.utils import is_flash_attn_2_available
 
 from tests.train.rows import make_trainer, token_rows
@@ -153,3 +154,30 @@ def test_an_adapter_with_rows_that_its_base_lacks(model_folder, tmp_path):
     wrapped.save_pretrained(tmp_path / "adapter")
     ids = torch.tensor([[1, 299]])
     assert torch.equal(load_any(str(tmp_path / "adapter")).eval()(ids).logits, wrapped.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("damage", ["one is missing", "other names", "one layer more"])
+def test_weights_that_are_not_there_are_no_random_numbers(tiny_model, tmp_path, damage):
+    tiny_model.save_pretrained(tmp_path)
+    path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    weights = load_file(path)
+    if damage == "one is missing":
+        weights.pop("model.norm.weight")
+    elif damage == "other names":
+        weights = {f"other.{name}": tensor for name, tensor in weights.items()}
+    else:
+        found = json.loads(config.read_text())
+        config.write_text(
+            json.dumps({**found, "num_hidden_layers": found["num_hidden_layers"] + 1, "layer_types": None})
+        )
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"of the model's weights are not in its files, such as (model\.|lm_head)"):
+        load_model(str(tmp_path))
+
+
+def test_weights_that_nobody_reads_are_named(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 1, "layer_types": None}))
+    with pytest.warns(UserWarning, match=r"weights in its files are no part of the model, such as model\.layers\.1\."):
+        load_model(str(tmp_path))

@@ -1,6 +1,7 @@
 """Tokenizer and weights from a Hub id or a folder, adapters with their base; safetensors or GGUF, never pickles."""
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def load_model(
 def opened(name: str, dtype: str | torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
     """`from_pretrained`, its errors with what to do about them."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        model, told = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
     except ImportError as error:
         raise ModelError(
             f"{name}: {first_line(error)}. {how_to_install(str(error), options.get('attn_implementation'))}"
@@ -130,6 +131,22 @@ def opened(name: str, dtype: str | torch.dtype, options: dict[str, Any]) -> PreT
             f"{name}: no model can be loaded from there ({first_line(error)}). Give a folder with config.json and "
             "safetensors weights, or a Hub id that this machine can reach or has in its cache."
         ) from error
+    check_whole(name, told)
+    return model
+
+
+def check_whole(name: str, told: dict[str, Any]) -> None:
+    """Raise ModelError for weights that the files lack: transformers draws random ones. Say which are left unread."""
+    missing, unread = sorted(told.get("missing_keys") or ()), sorted(told.get("unexpected_keys") or ())
+    left = f"{len(unread):,} weights in its files are no part of the model, such as {unread[0]}" if unread else ""
+    if missing:
+        raise ModelError(
+            f"{name}: {len(missing):,} of the model's weights are not in its files, such as {missing[0]}"
+            f"{f'; {left}' if left else ''}. Copy or download it again, or correct config.json where it describes "
+            "another model."
+        )
+    if unread:
+        warnings.warn(f"{name}: {left}. They are not used: see that config.json is of this model.", stacklevel=2)
 
 
 def checked_dtype(dtype: Any, torch_dtype: Any = None) -> str | torch.dtype:
