@@ -252,3 +252,13 @@ def test_a_base_that_is_an_adapter_itself_is_named(tmp_path, tiny_model, byte_to
         ModelError, match=r"adapter: is an adapter, which has no weights of a base model. Name its base"
     ):
         merge(adapter, tmp_path / "merged", base=adapter, console=quiet)
+
+
+def test_a_merge_of_nothing_and_a_damaged_tokenizer_are_said(tmp_path, tiny_model, byte_tokenizer, quiet):
+    with pytest.raises(ConfigError, match="no adapter is named"):
+        merge([], tmp_path / "merged", console=quiet)
+    base = make_base(tmp_path / "base", tiny_model, byte_tokenizer)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    (tmp_path / "adapter" / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ModelError, match="no tokenizer can be loaded from there"):
+        merge(adapter, tmp_path / "merged", console=quiet)

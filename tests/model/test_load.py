@@ -181,3 +181,33 @@ def test_weights_that_nobody_reads_are_named(tiny_model, tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 1, "layer_types": None}))
     with pytest.warns(UserWarning, match=r"weights in its files are no part of the model, such as model\.layers\.1\."):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"hidden_size": 64},
+            r"21 of its weights have other shapes .* such as lm_head\.weight: \[259, 32\] in its files",
+        ),
+        ({"vocab_size": 200}, r"its config\.json describes no model \(Padding_idx"),
+        (None, r"config\.json cannot be read: Expecting .* Copy or download it again"),
+    ],
+)
+def test_a_config_that_is_not_of_its_weights_is_named(tiny_model, byte_tokenizer, tmp_path, change, said):
+    tiny_model.save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text("{" if change is None else json.dumps({**json.loads(config.read_text()), **change}))
+    with pytest.raises(ModelError, match=said):
+        load_tokenizer(str(tmp_path)) and load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(("key", "value"), [("peft_type", "NEWKIND"), ("lora_alpha", "x")])
+def test_an_adapter_config_that_peft_cannot_read_is_named(model_folder, tmp_path, key, value):
+    folder = tmp_path / "adapter"
+    get_peft_model(load_any(model_folder), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
+    with pytest.raises(ModelError, match=r"adapter_config\.json: peft cannot read it: KeyError|does not fit .* 'str'"):
+        load_any(str(folder))

@@ -13,6 +13,7 @@ from tunesmith.deliver.merge import merge
 from tunesmith.errors import ModelError
 from tunesmith.model.load import load_model
 from tunesmith.model.saved import load_arguments, save_arguments
+from tunesmith.model.value_head import RewardModel, load_reward_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -70,6 +71,19 @@ def test_an_adapter_finds_those_that_it_was_trained_on_top_of(base, tmp_path, pl
     assert torch.allclose(logits(again), expected, atol=1e-5)
     merge(folder, tmp_path / "merged")
     assert torch.allclose(logits(load_model(str(tmp_path / "merged"))), expected, atol=1e-4)
+
+
+def test_a_reward_models_adapter_tells_of_its_ground_as_any_other(base, tmp_path):
+    first = save_adapter(tmp_path / "first", base)
+    options = {"model_name_or_path": base, "checkpoint_dir": first, "resume_lora_training": False}
+    model = RewardModel(for_training(**options))
+    randomize(model, seed=5)
+    model.save_pretrained(tmp_path / "run")
+    save_arguments(tmp_path / "run", ModelFields(**options), model)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids)
+        assert torch.allclose(load_reward_model(str(tmp_path / "run"))(input_ids=ids), expected, atol=1e-5)
 
 
 # workflow: M8

@@ -83,7 +83,7 @@ class Evil:
 
 def test_a_head_that_brings_code_is_refused(tmp_path, capsys):
     torch.save({"summary.weight": Evil()}, tmp_path / "value_head.bin")
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(ModelError, match="Weights only load failed"):
         read_head(tmp_path)
     assert "ran" not in capsys.readouterr().out
 
@@ -99,6 +99,13 @@ def test_a_folder_without_a_head_says_so(tmp_path):
     assert not has_head(base)
     with pytest.raises(ModelError, match=r"base: holds no value_head\.safetensors, so it is no reward model"):
         load_reward_model(base)
+
+
+@pytest.mark.parametrize("name", ["value_head.safetensors", "value_head.bin"])
+def test_a_damaged_head_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"junk")
+    with pytest.raises(ModelError, match=rf"{name}: cannot be read"):
+        read_head(tmp_path)
 
 
 def test_a_file_without_the_heads_weights_says_what_it_holds(tmp_path):

@@ -6,12 +6,13 @@ import shutil
 import datasets
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.faults.runs import RandomCollator, make_run
 from tests.train.rows import token_rows
-from tunesmith import workflow
+from tunesmith import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, workflow
 from tunesmith.checkpoints import checkpoints, seal
 from tunesmith.errors import CheckpointError, ConfigError
 from tunesmith.train.contract import table_digest
@@ -88,6 +89,35 @@ def test_another_tokenizer_template_or_adapter_is_refused(run, lora_run, tmp_pat
         go_on(lora_run, tmp_path, lora=dropped)
     with pytest.raises(CheckpointError, match=r"adapter: .* now"):
         go_on(lora_run, tmp_path)
+
+
+# reliability: 9
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_an_adapter_goes_on_upon_the_base_it_was_trained_on_alone(tmp_path, stage):
+    tiny.make_tiny_model().save_pretrained(tmp_path / "model")
+    run = adapter_run(tmp_path, stage)
+    run.train()
+    with pytest.raises(CheckpointError, match=r"adapter\.lora_alpha: 8 in the checkpoint, 16 now"):
+        adapter_run(tmp_path, stage, lora_alpha=16).train(resume_from_checkpoint=True)
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.1.input_layernorm.weight"] += 0.01
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"base: [0-9a-f]{16} in the checkpoint, [0-9a-f]{16} now"):
+        adapter_run(tmp_path, stage).train(resume_from_checkpoint=True)
+
+
+def adapter_run(folder, stage, lora_alpha=8):
+    """Two steps of an adapter on `model`, as a person's Python would write them."""
+    trainer, config = {"sft": (SFTTrainer, SFTConfig), "rm": (RewardTrainer, RewardConfig)}[stage]
+    pairs = [{"prompt": f"p{n}", "chosen": f"c{n}", "rejected": f"r{n}"} for n in range(6)]
+    return trainer(
+        str(folder / "model"),
+        config(str(folder / "run"), max_steps=2, save_steps=1, bf16=False, use_cpu=True, disable_tqdm=True),
+        train_dataset=token_rows() if stage == "sft" else pairs,
+        processing_class=tiny.make_byte_tokenizer(),
+        peft_config=LoraConfig(r=4, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
 
 
 # reliability: 9

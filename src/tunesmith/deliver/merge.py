@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.deliver.compare import differences, logits_of, probe_ids
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.evaluate.generate import stop_token_ids
 from tunesmith.model.chain import ADAPTER_CONFIG, adapter_base, merge_folders, merged, put_on, with_earlier
-from tunesmith.model.load import load_model, options_with_positions
+from tunesmith.model.load import load_model, load_tokenizer, options_with_positions
 from tunesmith.model.quantize import is_quantized
 from tunesmith.model.value_head import has_head, read_head, save_head
 
@@ -60,6 +60,8 @@ def merge(
     """
     output_dir = Path(output_dir)
     folders = [adapter_dir] if isinstance(adapter_dir, (str, Path)) else list(adapter_dir)
+    if not folders:
+        raise ConfigError("merge: no adapter is named. Name a run directory or an adapter's folder.")
     folders = with_earlier([str(folder) for folder in folders])
     base = str(base or _base_of(folders))
     _refuse_to_replace(output_dir, folders, base, overwrite)
@@ -120,10 +122,7 @@ def _load(folders: Sequence[str], base: str) -> tuple[nn.Module, torch.dtype]:
 def _load_tokenizer(adapter_dir: str, base: str) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside the adapter (its chat template is the trained one), else the base's."""
     source = adapter_dir if (Path(adapter_dir) / "tokenizer_config.json").exists() else base
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the tokenizer of '{source}' cannot be loaded: {_first_line(error)}") from error
+    return load_tokenizer(source)
 
 
 def _target_dtype(dtype: str | None, stored: torch.dtype) -> torch.dtype:

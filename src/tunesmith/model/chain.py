@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.model.base import found_again, warn_of_another
 from tunesmith.model.lora import borrows, borrows_the_same
 from tunesmith.model.quantize import is_quantized, quiet_bitsandbytes
 
@@ -25,7 +26,10 @@ EMBEDDING_NAMES = {"embed_tokens", "wte", "embed_in", "word_embeddings", "lm_hea
 
 
 def adapter_base(name: str | Path) -> str | None:
-    """Name of the base model that an adapter folder was trained on; `None` if `name` is not an adapter folder."""
+    """Name of the base model that an adapter folder was trained on; `None` if `name` is not an adapter folder.
+
+    A relative name is looked for where it was when the adapter was trained, then from the current folder.
+    """
     config = Path(name) / ADAPTER_CONFIG
     if not config.is_file():
         return None
@@ -35,17 +39,18 @@ def adapter_base(name: str | Path) -> str | None:
             f"{config}: base_model_name_or_path is missing, so the adapter's base model is unknown. Add it (tunesmith "
             "merge: or name it with --base)."
         )
-    return base
+    place = arguments_place(name)
+    return base if place is None else found_again(base, read_json(place / ARGUMENTS).get("base") or {}, place)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, remedy: str = "Save the adapter again.") -> dict[str, Any]:
     """An object from a file; raises ModelError for a file that is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}. Save the adapter again.") from error
+        raise ModelError(f"{path} cannot be read: {error}. {remedy}") from error
     if not isinstance(found, dict):
-        raise ModelError(f"{path} holds no object but a {type(found).__name__}. Save the adapter again.")
+        raise ModelError(f"{path} holds no object but a {type(found).__name__}. {remedy}")
     return found
 
 
@@ -54,11 +59,15 @@ def remembered(folder: str | Path) -> dict[str, Any]:
 
     A run writes it once, so `run/checkpoint-100` finds it in `run`.
     """
+    place = arguments_place(folder)
+    return {} if place is None else read_json(place / ARGUMENTS)
+
+
+def arguments_place(folder: str | Path) -> Path | None:
+    """The folder with the `finetuning_args.json` of an adapter; `None` for other programs' adapters."""
     folder = Path(folder)
-    for place in (folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])):
-        if (place / ARGUMENTS).is_file():
-            return read_json(place / ARGUMENTS)
-    return {}
+    places = (folder, *([folder.parent] if folder.name.startswith("checkpoint-") else []))
+    return next((place for place in places if (place / ARGUMENTS).is_file()), None)
 
 
 def adapter_folders(value: str | Sequence[str] | None) -> list[str]:
@@ -132,12 +141,12 @@ def put_on(model: PreTrainedModel, folder: str | Path, *, trainable: bool = Fals
     Raises: ModelError where names or shapes of the adapter's weights are not those of this base (peft passes over
         weights whose layer is not there).
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     check_weights(folder)
     grow_for_adapter(model, folder)
     quiet_bitsandbytes()
-    config = PeftConfig.from_pretrained(str(folder))
+    config = read_config(folder)
     if borrows(config) and (trainable or not borrows_the_same(config)):
         raise ModelError(
             f"{folder} is a checkpoint of an adapter that began with a part of its base (lora_init). Go on from it "
@@ -145,12 +154,27 @@ def put_on(model: PreTrainedModel, folder: str | Path, *, trainable: bool = Fals
         )
     try:
         wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except (ValueError, KeyError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(
             f"the adapter {folder} does not fit {base_in_words(model, folder)}: {summary(error)}"
         ) from error
     check_names(wrapped, folder)
+    warn_of_another(wrapped, remembered(folder).get("base") or {}, folder)
     return wrapped
+
+
+def read_config(folder: str | Path) -> Any:
+    """The config of an adapter; raises ModelError for one that this peft cannot read."""
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        path = Path(folder) / ADAPTER_CONFIG
+        raise ModelError(
+            f"{path}: peft cannot read it: {type(error).__name__}: {summary(error)} Install the peft that wrote "
+            "it, or save the adapter again."
+        ) from error
 
 
 def check_names(wrapped: nn.Module, folder: str | Path) -> None:

@@ -17,6 +17,7 @@ from tunesmith.model.chain import (
     is_hub_id,
     merge_folders,
     put_on,
+    read_json,
     remembered,
     with_earlier,
 )
@@ -114,8 +115,10 @@ def load_model(
 
 def opened(name: str, dtype: str | torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
     """`from_pretrained`, its errors with what to do about them."""
+    misfits = options.get("ignore_mismatched_sizes", False)
+    options = {**options, "ignore_mismatched_sizes": True, "output_loading_info": True}  # `check_whole` names them
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+        model, told = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except ImportError as error:
         raise ModelError(
             f"{name}: {first_line(error)}. {how_to_install(str(error), options.get('attn_implementation'))}"
@@ -131,13 +134,26 @@ def opened(name: str, dtype: str | torch.dtype, options: dict[str, Any]) -> PreT
             f"{name}: no model can be loaded from there ({first_line(error)}). Give a folder with config.json and "
             "safetensors weights, or a Hub id that this machine can reach or has in its cache."
         ) from error
-    check_whole(name, told)
+    except AssertionError as error:
+        raise ModelError(f"{name}: its config.json describes no model ({first_line(error)}). Correct it.") from error
+    check_whole(name, told, misfits=misfits)
     return model
 
 
-def check_whole(name: str, told: dict[str, Any]) -> None:
-    """Raise ModelError for weights that the files lack: transformers draws random ones. Say which are left unread."""
+def check_whole(name: str, told: dict[str, Any], *, misfits: bool = False) -> None:
+    """Raise ModelError for weights that the files lack, or have in other shapes: transformers draws random ones.
+
+    Args:
+        told: what `from_pretrained` says of a model's weights; those that it left unread are warned of.
+        misfits: other shapes are meant.
+    """
     missing, unread = sorted(told.get("missing_keys") or ()), sorted(told.get("unexpected_keys") or ())
+    if (others := sorted(told.get("mismatched_keys") or ())) and not misfits:
+        tensor, stored, built = others[0]
+        raise ModelError(
+            f"{name}: {len(others):,} of its weights have other shapes than config.json says, such as {tensor}: "
+            f"{list(stored)} in its files, {list(built)} by its config. Copy or download both again."
+        )
     left = f"{len(unread):,} weights in its files are no part of the model, such as {unread[0]}" if unread else ""
     if missing:
         raise ModelError(
@@ -256,6 +272,8 @@ def check_folder(name: str, gguf_file: str | None = None) -> None:
             f"{name}: has pickled weights (.bin) only, which can run code when opened. "
             "Convert them to safetensors first."
         )
+    if (folder / "config.json").is_file():
+        read_json(folder / "config.json", "Copy or download it again.")  # transformers blames the tokenizer
 
 
 def listing(folder: Path) -> str:

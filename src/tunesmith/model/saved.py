@@ -9,6 +9,7 @@ from torch import nn
 
 from tunesmith.config import ModelFields
 from tunesmith.model.adapt import has_adapter
+from tunesmith.model.base import described
 from tunesmith.model.chain import ARGUMENTS, read_json, remembered
 from tunesmith.model.open import start_of, told_positions, unsaid
 from tunesmith.model.rope import positions
@@ -22,12 +23,12 @@ def save_arguments(folder: str | Path, options: ModelFields, model: nn.Module | 
 
     Args:
         model: the model as `open_for_training` gave it. Of an adapter the file then also says which other adapters had
-            been merged into its base (`merged_before`) and how the base's positions were scaled (`positions`): the
-            base's own files say neither, and the adapter is nothing without.
+            been merged into its base (`merged_before`), how the base's positions were scaled (`positions`), and which
+            base it was (`base`): the base's own files say none of it, and the adapter is nothing without.
     """
     found = {name: value for name, value in asdict(options).items() if name not in PRIVATE}
     if model is not None and has_adapter(model):
-        found |= base_of_adapter(options, model)
+        found |= base_of_adapter(options, model) | {"base": described(model, folder)}
     path = Path(folder) / ARGUMENTS
     path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.model.load import load_any
+from tunesmith.model.load import first_line, load_any
 
 HEAD_FILE = "value_head.safetensors"
 OLD_HEAD_FILE = "value_head.bin"
@@ -18,6 +18,7 @@ PASSED_ON = {
     *("config", "generation_config", "device", "dtype", "quantization_method", "hf_device_map", "_no_split_modules"),
     *("get_input_embeddings", "get_output_embeddings", "enable_input_require_grads"),
     *("gradient_checkpointing_enable", "gradient_checkpointing_disable"),
+    *("peft_config", "active_peft_config", "_hf_peft_config_loaded"),
 }
 
 
@@ -129,12 +130,8 @@ def read_head(folder: str | Path) -> ValueHead:
         raise ModelError(
             f"{folder}: holds no {HEAD_FILE}, so it is no reward model. Name a folder that stage rm wrote."
         )
-    if safe.is_file():
-        from safetensors.torch import load_file
-
-        path, tensors = safe, load_file(safe)
-    else:
-        path, tensors = old, torch.load(old, map_location="cpu", weights_only=True)
+    path = safe if safe.is_file() else old
+    tensors = read_tensors(path)
     tensors = {name.removeprefix(HEAD_PREFIX): value for name, value in tensors.items()}
     weight, bias = tensors.get("summary.weight"), tensors.get("summary.bias")
     if weight is None or weight.dim() != 2 or weight.shape[0] != 1:
@@ -146,6 +143,20 @@ def read_head(folder: str | Path) -> ValueHead:
     if bias is not None:
         head.summary.bias.data.copy_(bias)
     return head
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file; raises ModelError for one that is damaged."""
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises anything
+        raise ModelError(
+            f"{path}: cannot be read ({first_line(error)}). Copy it again from where it was trained."
+        ) from error
 
 
 def load_reward_model(name: str, *, trainable: bool = False, **options: Any) -> RewardModel:

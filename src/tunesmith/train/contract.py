@@ -18,6 +18,8 @@ from torch.utils.data import IterableDataset
 from tunesmith import __version__
 from tunesmith.errors import CheckpointError, ConfigError
 from tunesmith.lookup import did_you_mean
+from tunesmith.model.adapt import has_adapter
+from tunesmith.model.base import sample
 
 ALLOWABLE = {
     "learning_rate": "the new rate is used from the next step on",
@@ -59,6 +61,7 @@ def terms(trainer: Any) -> dict[str, Any]:
         "seed": {"seed": args.seed, "data_seed": args.data_seed},
         "trainable": {"tensors": len(trained), "shapes": text_digest(repr(sorted(trained)))},
         "adapter": adapter_identity(model),
+        **base_identity(model),
         "optimizer_name": str(getattr(args.optim, "value", args.optim)),
         "learning_rate": args.learning_rate,
         "schedule": {
@@ -191,6 +194,12 @@ def adapter_identity(model: Any) -> dict[str, Any] | None:
     config = next(iter(configs.values()))
     found = {name: getattr(config, name, None) for name in ADAPTER}
     return {name: plain(value) for name, value in found.items()}
+
+
+def base_identity(model: Any) -> dict[str, str]:
+    """A hash over what lies frozen under an adapter; of a model that came from no files, nothing."""
+    found = sample(model) if has_adapter(model) else None
+    return {} if found is None else {"base": found}
 
 
 def name_of(given: Any) -> str | None:
