@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,16 @@ def run(tmp_path, monkeypatch, tiny_model, byte_tokenizer):
     trained.save_pretrained("runs/mine")
     save_arguments("runs/mine", ModelFields("model"), trained)
     return trained
+
+
+def edit(path, change):
+    file = Path(path)
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+def rename(adapter, base):
+    """Another name of its base in an adapter's own file, as a person writes one."""
+    edit(f"{adapter}/adapter_config.json", lambda config: config | {"base_model_name_or_path": base})
 
 
 def change_the_base(folder="model"):
@@ -62,11 +73,16 @@ def test_a_run_that_moved_without_its_base_finds_it_by_name(run, tmp_path):
     assert adapter_base("moved") == "model"
 
 
-def test_a_project_that_moved_is_found_by_an_absolute_name(run, tmp_path, monkeypatch):
-    config = tmp_path / "runs" / "mine" / "adapter_config.json"
-    told = json.loads(config.read_text())
-    config.write_text(json.dumps({**told, "base_model_name_or_path": str(tmp_path / "before" / "model")}))
+def test_a_project_that_moved_is_found_by_an_absolute_name(run, tmp_path):
+    before = str(tmp_path / "before" / "model")
+    rename("runs/mine", before)
+    edit("runs/mine/finetuning_args.json", lambda told: told | {"base": told["base"] | {"name": before}})
     assert adapter_base("runs/mine") == str(tmp_path / "model")
+
+
+def test_a_name_corrected_by_hand_counts_as_it_stands(run):
+    rename("runs/mine", "gone/for/ever")
+    assert adapter_base("runs/mine") == "gone/for/ever"
 
 
 def test_another_base_under_the_same_name_is_said(run):

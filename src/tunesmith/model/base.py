@@ -15,18 +15,19 @@ SAMPLE = 64  # bytes of each tensor: layers that a run froze are equal in two mo
 
 
 def described(model: nn.Module, folder: str | Path) -> dict[str, Any]:
-    """What `finetuning_args.json` in `folder` tells of the base: its place, as seen from there, and its sample."""
+    """What `finetuning_args.json` in `folder` tells of the base: name, place as seen from there, and sample."""
     name = base_name(model)
     place = os.path.relpath(Path(name).resolve(), Path(folder).resolve()) if name and Path(name).is_dir() else None
-    return {"folder": place, "sample": sample(model)}
+    return {"name": name, "folder": place, "sample": sample(model)}
 
 
 def found_again(name: str, told: dict[str, Any], folder: Path) -> str:
     """Where a base called `name` lies, by what is told beside its adapter.
 
     A relative name meant the folder that a run began in. Read from another one it can be another model, or none.
+    A name that was corrected by hand since counts as it stands.
     """
-    beside = (folder / told["folder"]).resolve() if told.get("folder") else None
+    beside = (folder / told["folder"]).resolve() if told.get("folder") and told.get("name") == name else None
     if beside is None or not beside.is_dir() or beside == Path(name).resolve():
         return name
     return name if Path(name).is_absolute() and Path(name).exists() else str(beside)
