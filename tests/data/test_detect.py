@@ -61,6 +61,13 @@ def test_a_null_column_is_as_good_as_none():
     assert detect_format(rows({"messages": [HI, HELLO], "text": None})) == "messages"
 
 
+def test_a_pair_that_is_a_conversation_too_trains_stage_sft_on_that():
+    pair = {"prompt": "hi", "chosen": [HI, HELLO], "rejected": [HI, HELLO]}
+    assert detect_format(rows(pair | {"messages": [HI, HELLO]})) == "messages"
+    with pytest.raises(DataError, match="preference pairs"):
+        detect_format(rows(pair | {"messages": [HI]}))  # the prompt of the answers
+
+
 # workflow: V5
 @pytest.mark.parametrize("value", [ALPACA, {"messages": [HI, HELLO]}, {"text": "x"}, {"chosen": "a"}])
 def test_rows_of_one_answer_are_not_for_stage_rm(value):

@@ -143,6 +143,11 @@ PAIR = {"prompt": [HI], "chosen": [HELLO], "rejected": [BYE]}
 THREE = [HI, HELLO, HI]
 TWO_LINES = HI | {"content": "h\ni"}
 TOOL = {"type": "function", "function": {"name": "f"}}
+ULTRAFEEDBACK = {"prompt": "hi", "prompt_id": "1f", "score_chosen": 8.0, "score_rejected": 6.5} | {
+    "chosen": [HI, HELLO],
+    "rejected": [HI, BYE],
+    "messages": [HI, HELLO],
+}
 GPT = [{"from": "gpt", "value": text} for text in ("hello", "bye")]
 
 
@@ -160,6 +165,11 @@ GPT = [{"from": "gpt", "value": text} for text in ("hello", "bye")]
         ({"chosen": [HI, HELLO], "rejected": [HI, BYE]}, PAIR),
         ({"chosen": [HI, HELLO], "rejected": [HI, BYE], "prompt": "hi"}, PAIR),
         ({"chosen": [SYSTEM, HI, HELLO], "rejected": [SYSTEM, HI, BYE]}, PAIR | {"prompt": SHARED}),
+        (ULTRAFEEDBACK, PAIR),
+        ({"messages": [HI, HELLO], "chosen": [HI, HELLO], "rejected": [HI, BYE]}, PAIR),
+        ({"prompt": "hi", "messages": [HI, HELLO], "chosen": "hello", "rejected": "bye"}, PAIR),
+        ({"prompt": "hi", "chosen": [HI, HELLO], "rejected": [BYE]}, PAIR),
+        ({"prompt": THREE, "chosen": "hello", "rejected": [*THREE, BYE]}, PAIR | {"prompt": THREE}),
         (
             {"chosen": [HI, HELLO, HI, BYE], "rejected": [HI, BYE, HI, BYE]},
             {"prompt": [HI], "chosen": [HELLO, HI, BYE], "rejected": [BYE, HI, BYE]},
@@ -192,6 +202,8 @@ def test_a_better_and_a_worse_answer_are_read_from_every_shape(value, meaning):
         ({"prompt": [SYSTEM]}, "no-prompt"),
         ({"prompt": "other", "chosen": [HI, HELLO], "rejected": [HI, BYE]}, "two-prompts"),
         ({"prompt": None, "chosen": [HI, HELLO], "rejected": [SYSTEM, HI, BYE]}, "no-prompt"),
+        ({"prompt": "other", "chosen": [HI, HELLO]}, "two-prompts"),
+        ({"chosen": [HI]}, "no-assistant"),
     ],
 )
 def test_a_pair_of_answers_that_cannot_be_compared_has_a_reason(change, reason):

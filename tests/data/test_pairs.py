@@ -164,6 +164,8 @@ USER, GOOD, BAD = ({"role": role, "content": text} for role, text in zip(("user"
         {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
         {"prompt": [USER], "chosen": GOOD, "rejected": BAD},
         {"prompt": "?", "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": "?", "chosen": [USER, GOOD], "rejected": BAD},
+        {"prompt": "?", "chosen": [USER, GOOD], "rejected": [USER, BAD], "messages": [USER, GOOD]},
         {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"chosen": [USER, GOOD], "rejected": [USER, BAD], "score_chosen": 3.0},
     ],

@@ -74,13 +74,18 @@ def _format_of(value: Mapping[str, Any], stage: str, answers_needed: bool) -> st
     if stage == "rm":
         is_list = isinstance(value.get("output"), (list, tuple))  # of both answers, as the oldest rankings have it
         return "preference" if is_pair or ("instruction" in value and is_list) else None
-    if is_pair:
-        return None
+    if is_pair:  # UltraFeedback's have the better one as a conversation, too
+        return "messages" if _ends_with_answer(value.get("messages")) else None
     absent = () if answers_needed else ANSWERS
     for name, format in FORMATS.items():
         if all(column in value or column in absent for column in format.columns):
             return name
     return None
+
+
+def _ends_with_answer(turns: Any) -> bool:
+    is_list = isinstance(turns, list | tuple) and turns and isinstance(turns[-1], Mapping)
+    return bool(is_list) and turns[-1].get("role") == "assistant"
 
 
 def _no_format(row: Row, columns: Mapping[str, str] | None, stage: str) -> str:

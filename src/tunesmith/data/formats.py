@@ -124,11 +124,10 @@ def read_preference(value: dict[str, Any]) -> dict[str, Any]:
     oldest form `output` is a list of both, the better one first, and further ones are not read.
     """
     chosen, rejected = _two_answers(value)
-    prompt = _prompt_before_answers(value)
-    if opens_conversation(chosen) and opens_conversation(rejected):
-        prompt, chosen, rejected = common_beginning(prompt, chosen, rejected)
-    elif not prompt:
+    prompt = _prompt_before_answers(value, chosen)
+    if not prompt and not (opens_conversation(chosen) and opens_conversation(rejected)):
         raise RowError("there is no prompt. Add one, or turns to 'chosen' and 'rejected' from the first.", "no-prompt")
+    prompt, chosen, rejected = without_prompt(prompt, chosen, rejected)
     prompt = _with_system_column(prompt, value) if prompt else prompt
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **_of_chat(value)}
 
@@ -154,16 +153,47 @@ def _answer(answer: Any, name: str) -> list[dict[str, Any]]:
     return [_as_role_and_content(turn) for turn in turns_of([answer] if isinstance(answer, dict) else answer, name)]
 
 
-def _prompt_before_answers(value: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The turns before the answers; none where the row has no such column."""
-    name = next((name for name in ("messages", "conversations", "prompt") if value.get(name) is not None), None)
-    if name is None:
-        return alpaca_prompt(value) if "instruction" in value else []
-    if isinstance(value[name], str):
-        if not value[name].strip():
-            raise RowError(f"'{name}' is empty. Write what the answers answer.", "empty-prompt")
-        return [{"role": "user", "content": value[name]}]
-    return [_as_role_and_content(turn) for turn in turns_of(value[name], name)]
+def _prompt_before_answers(value: Mapping[str, Any], chosen: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns before the answers; none where the row has no such column.
+
+    Turns that end with the better answer are no prompt: UltraFeedback repeats it in `messages`.
+    """
+    for name in ("messages", "conversations", "prompt"):
+        if value.get(name) is None:
+            continue
+        turns = _prompt_turns(value[name], name)
+        if turns[-1].get("role") != "assistant" or turns[-len(chosen) :] != chosen:
+            return turns
+    return alpaca_prompt(value) if "instruction" in value else []
+
+
+def _prompt_turns(prompt: Any, name: str) -> list[dict[str, Any]]:
+    if not isinstance(prompt, str):
+        return [_as_role_and_content(turn) for turn in turns_of(prompt, name)]
+    if not prompt.strip():
+        raise RowError(f"'{name}' is empty. Write what the answers answer.", "empty-prompt")
+    return [{"role": "user", "content": prompt}]
+
+
+def without_prompt(
+    prompt: list[dict[str, Any]], chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The prompt, and what each answer says after it; one or both of them may be whole conversations."""
+    if opens_conversation(chosen) and opens_conversation(rejected):
+        return common_beginning(prompt, chosen, rejected)
+    return prompt, _answer_after(prompt, chosen, "chosen"), _answer_after(prompt, rejected, "rejected")
+
+
+def _answer_after(prompt: list[dict[str, Any]], turns: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    if not opens_conversation(turns) or turns == prompt:  # which holds no answer, as will be found
+        return turns
+    if turns[: len(prompt)] != prompt:
+        raise RowError(
+            f"'{name}' is a conversation that does not begin with the prompt. Give both answers alone, or both "
+            "conversations from the first turn.",
+            "two-prompts",
+        )
+    return turns[len(prompt) :]
 
 
 def opens_conversation(turns: list[dict[str, Any]]) -> bool:

@@ -13,7 +13,7 @@ import datasets
 
 from tunesmith.data import IGNORE_INDEX
 from tunesmith.data.chat_template import place_of
-from tunesmith.data.formats import common_beginning, kind_of, opens_conversation
+from tunesmith.data.formats import kind_of, without_prompt
 from tunesmith.data.normalize import check_turns
 from tunesmith.data.prepare import batched
 from tunesmith.data.render import Rendered, drop_oldest_turns, render
@@ -316,8 +316,8 @@ def _preference(value: Mapping[str, Any]) -> dict[str, Any]:
         if not shared:
             raise RowError("there is no prompt, and the two conversations share no turn. Add it.", "empty-prompt")
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    elif opens_conversation(chosen) and opens_conversation(rejected):
-        prompt, chosen, rejected = common_beginning(_turns(prompt, "user", "prompt"), chosen, rejected)
+    else:
+        prompt, chosen, rejected = without_prompt(_turns(prompt, "user", "prompt"), chosen, rejected)
     prompt = _turns(prompt, "user", "prompt")
     for answer in (chosen, rejected):
         check_turns([*prompt, *answer], last=len(answer))
