@@ -1,5 +1,6 @@
 """What may be trained on and in which shape, columns, formats of one's own, duplicates."""
 
+import json
 import time
 from pathlib import Path
 
@@ -45,6 +46,45 @@ def test_an_assistant_that_calls_a_tool_needs_no_content():
     calls = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     tool = {"role": "tool", "content": "1", "tool_call_id": "a"}
     assert messages(HI, calls, tool, HELLO) == [HI, calls | {"content": ""}, tool, HELLO]
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        {"tool_calls": json.dumps([CALL])},
+        {"tool_calls": json.dumps(CALL)},
+        {"tool_calls": [json.dumps(CALL)]},
+        {"tool_calls": CALL},
+        {"function_call": CALL["function"]},
+        {"function_call": json.dumps(CALL["function"]), "tool_calls": None},
+    ],
+)
+def test_tool_calls_take_one_shape(calls):
+    spoken = {"role": "assistant", "content": None} | calls
+    result = {"role": "function", "name": "f", "content": "1"}
+    made = messages(HI, spoken, result, HELLO)
+    assert made == [HI, {"role": "assistant", "content": "", "tool_calls": [CALL]}, result | {"role": "tool"}, HELLO]
+
+
+def test_no_tool_calls_leave_no_trace():
+    assert messages(HI, HELLO | {"tool_calls": "[]", "function_call": {}}) == [HI, HELLO]
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        ({"tool_calls": 5}, r"'tool_calls' of turn 2 holds a number \(5\); expected calls such as"),
+        ({"tool_calls": ["x"]}, r"'tool_calls' of turn 2 is not valid JSON"),
+        ({"tool_calls": [{"function": "f"}]}, r"'tool_calls' of turn 2 holds an object"),
+        ({"function_call": "f("}, r"'function_call' of turn 2 is not valid JSON"),
+        ({"function_call": {"arguments": {}}}, r"'function_call' of turn 2 holds an object"),
+        ({"function_call": CALL, "tool_calls": [CALL]}, r"turn 2 has tool_calls and function_call"),
+    ],
+)
+def test_tool_calls_that_are_none_are_named(calls, message):
+    with pytest.raises(RowError, match=message) as caught:
+        messages(HI, HELLO | calls)
+    assert caught.value.reason == "bad-tool-calls"
 
 
 @pytest.mark.parametrize("key", ["weight", "loss_weight"])

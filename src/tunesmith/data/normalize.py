@@ -67,6 +67,7 @@ ROLES: dict[str, str] = {
     "function_response": "tool",
 }
 MEDIA = ("images", "videos", "audios")
+CALLS = ("tool_calls", "function_call")
 ANSWERS = ("output", "completion")  # columns that a row without an answer lacks
 # Arguments of apply_chat_template that the renderer sets itself.
 OWN_ARGUMENTS = {
@@ -245,6 +246,7 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
         what = "has no role" if role is None else f"has the unknown role '{visible(str(role), 40)}'"
         raise RowError(f"turn {number} {what}.{known} Known: {', '.join(ROLES)}.", "unknown-role")
     message: Message = {"role": ROLES[role], "content": ""}
+    turn = with_tool_calls(turn, number)
     content = turn.get("content")
     if isinstance(content, str):
         message["content"] = content
@@ -253,6 +255,41 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     if turn.keys() - {"role", "content"}:
         _other_keys(turn, message, number)
     return message
+
+
+def with_tool_calls(turn: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+    """The turn with its calls as a list of objects; they may be JSON text, or one call alone.
+
+    OpenAI's older files write one under `function_call`.
+    """
+    given = [key for key in CALLS if turn.get(key)]
+    if not given:
+        return turn
+    if len(given) > 1:
+        raise RowError(f"turn {number} has {' and '.join(given)}. Keep one of them.", "bad-tool-calls")
+    calls = _calls(turn[given[0]], given[0], number)
+    if given[0] == "function_call":
+        calls = [{"type": "function", "function": call} for call in calls]
+    return {key: item for key, item in turn.items() if key not in CALLS} | {"tool_calls": calls}
+
+
+def _calls(given: Any, key: str, number: int) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(given) if isinstance(given, str) else given
+        found = found if isinstance(found, (list, tuple)) else [found]
+        calls = [json.loads(call) if isinstance(call, str) else call for call in found]
+    except (ValueError, RecursionError) as error:
+        what = f"'{key}' of turn {number} is not valid JSON ({visible(str(error), 60)})"
+        raise RowError(f"{what}. Mend it.", "bad-tool-calls") from None
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(
+                f"'{key}' of turn {number} holds {kind_of(call)}; expected calls such as "
+                '{"type": "function", "function": {"name": "f", "arguments": {}}}.',
+                "bad-tool-calls",
+            )
+    return calls
 
 
 def _joined(content: Any, is_given: bool, number: int) -> str:
@@ -289,7 +326,7 @@ def _other_keys(turn: Mapping[str, Any], message: Message, number: int) -> None:
                     f"'{key}' of turn {number} is {kind_of(item)}; expected a number from 0 on.", "bad-weight"
                 )
             key, item = "weight", float(item)
-        if key == "tool_calls" and not item:
+        if key in CALLS and not item:
             continue
         message[key] = item
 

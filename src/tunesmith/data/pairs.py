@@ -14,7 +14,7 @@ import datasets
 from tunesmith.data import IGNORE_INDEX
 from tunesmith.data.chat_template import place_of
 from tunesmith.data.formats import kind_of, without_prompt
-from tunesmith.data.normalize import check_turns
+from tunesmith.data.normalize import CALLS, check_turns, with_tool_calls
 from tunesmith.data.prepare import batched
 from tunesmith.data.render import Rendered, drop_oldest_turns, render
 from tunesmith.data.report import Report
@@ -333,6 +333,6 @@ def _turns(value: Any, role: str, name: str) -> list[dict[str, Any]]:
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
             raise RowError(f"turn {number} of '{name}' has no role. Give turns role and content.", "unknown-role")
-        if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
+        if not isinstance(turn.get("content"), str) and not any(turn.get(key) for key in CALLS):
             raise RowError(f"turn {number} of '{name}' has no content. Write a text.", "bad-content")
-    return [{**turn, "content": turn.get("content") or ""} for turn in turns]
+    return [{**with_tool_calls(turn, n), "content": turn.get("content") or ""} for n, turn in enumerate(turns, 1)]
