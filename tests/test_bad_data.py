@@ -100,6 +100,11 @@ def test_rows_that_cannot_be_trained_on_are_counted_by_reason_or_stop_the_check(
     assert "rows.jsonl:1: 'messages' is null; expected a list of turns" in ask(rows, code=3)
 
 
+def test_keys_of_turns_that_nothing_reads_are_named(ask):
+    said = ask(chats([USER, REPLY | {"id": 3, "name": "n"}], [USER | {"los": 1}, REPLY | {"loss": True}]))
+    assert "keys of turns that nothing reads but a chat template that knows them: id, los\n" in said
+
+
 # reliability: 38
 def test_a_file_of_two_formats_is_named_with_two_lines(ask):
     rows = [*chats([USER, REPLY]) * 700, {"instruction": "q", "output": "x"}]

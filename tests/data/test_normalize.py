@@ -37,6 +37,17 @@ def test_train_flags_and_weights_are_kept_and_loss_weight_is_a_weight():
     assert [turn.get("weight") for turn in made] == [None, None, None, 0.5, None, 1.0]
 
 
+def test_loss_of_a_turn_says_whether_it_trains():
+    made = messages(HI, HELLO | {"loss": False}, HI, HELLO | {"loss": True, "train": True})
+    assert made == [HI, HELLO | {"train": False}, HI, HELLO | {"train": True}]
+
+
+@pytest.mark.parametrize("given", [{"loss": True, "train": False}, {"weight": 1, "loss_weight": 0.5}])
+def test_two_names_of_one_key_may_not_differ(given):
+    with pytest.raises(RowError, match=f"{' and '.join(given)} of turn 2 say different things"):
+        messages(HI, HELLO | given)
+
+
 def test_other_keys_pass_through_unless_they_are_null():
     turn = HELLO | {"reasoning_content": "hm", "tool_calls": None, "name": None}
     assert messages(HI, turn) == [HI, HELLO | {"reasoning_content": "hm"}]
@@ -95,8 +106,9 @@ def test_a_weight_is_a_number_from_zero_on(key, value):
 
 
 def test_a_train_flag_is_true_or_false():
-    with pytest.raises(RowError, match=r"'train' of turn 2 is a number \(1\); expected true or false"):
-        messages(HI, HELLO | {"train": 1})
+    for key in ("train", "loss"):
+        with pytest.raises(RowError, match=rf"'{key}' of turn 2 is a number \(1\); expected true or false"):
+            messages(HI, HELLO | {key: 1})
 
 
 # reliability: 36

@@ -67,6 +67,8 @@ ROLES: dict[str, str] = {
     "function_response": "tool",
 }
 MEDIA = ("images", "videos", "audios")
+ALIASES = {"loss": "train", "loss_weight": "weight"}  # keys of a turn, as ms-swift and others write them
+TURN_KEYS = {*Message.__annotations__, "name", "tool_call_id", "reasoning_content", "reasoning", "thinking"}
 CALLS = ("tool_calls", "function_call")
 ANSWERS = ("output", "completion")  # columns that a row without an answer lacks
 # Arguments of apply_chat_template that the renderer sets itself.
@@ -316,19 +318,32 @@ def _other_keys(turn: Mapping[str, Any], message: Message, number: int) -> None:
     for key, item in turn.items():
         if key in ("role", "content") or item is None:
             continue
-        if key == "train" and not isinstance(item, bool):
-            what = f"'train' of turn {number} is {kind_of(item)}"
+        ours = ALIASES.get(key, key)
+        if ours == "train" and not isinstance(item, bool):
+            what = f"'{key}' of turn {number} is {kind_of(item)}"
             raise RowError(f"{what}; expected true or false (a number is a weight).", "bad-weight")
-        if key in ("weight", "loss_weight"):
+        if ours == "weight":
             is_number = isinstance(item, (int, float)) and not isinstance(item, bool)
             if not is_number or not 0 <= item < math.inf:
                 raise RowError(
                     f"'{key}' of turn {number} is {kind_of(item)}; expected a number from 0 on.", "bad-weight"
                 )
-            key, item = "weight", float(item)
+            item = float(item)
         if key in CALLS and not item:
             continue
-        message[key] = item
+        if ours in message and message[ours] != item:
+            names = " and ".join(name for name in turn if ALIASES.get(name, name) == ours)
+            raise RowError(f"{names} of turn {number} say different things. Keep one of them.", "bad-weight")
+        message[ours] = item
+
+
+def unread_keys(example: Example) -> set[str]:
+    """Keys of turns that are neither ours nor known to most chat templates."""
+    keys: set[str] = set()
+    for name in ("messages", "prompt", "completion", "chosen", "rejected"):
+        if isinstance(turns := example.get(name), list):
+            keys.update(*(turn.keys() - TURN_KEYS for turn in turns))
+    return keys
 
 
 def _with_system_prompt(messages: list[Message], system_prompt: str | None) -> list[Message]:

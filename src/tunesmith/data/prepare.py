@@ -9,10 +9,10 @@ import datasets
 
 from tunesmith.data.cache import Cache, key_of
 from tunesmith.data.encode import Encoding
-from tunesmith.data.normalize import Example, normalize
+from tunesmith.data.normalize import Example, normalize, unread_keys
 from tunesmith.data.pack import dataset_of
 from tunesmith.data.parallel import encode_batches, num_workers
-from tunesmith.data.report import Report
+from tunesmith.data.report import Report, visible
 from tunesmith.data.rows import Row, RowError
 from tunesmith.data.tokenize import Tokens, token_table
 
@@ -55,6 +55,7 @@ def examples_of(
     always_dropped: Sequence[str] = (),
 ) -> Iterator[Example]:
     """Examples that `read` makes of rows, one by one; a bad row, or one for another stage, as in `normalized`."""
+    unread: set[str] = set()
     for row in rows:
         try:
             example = read(row)
@@ -64,7 +65,11 @@ def examples_of(
                 raise
             report.dropped(error.reason, row, str(error))
         else:
+            unread |= unread_keys(example)
             yield example
+    if unread:
+        names = ", ".join(visible(str(name), 40) for name in sorted(unread, key=str)[:12])
+        report.note(f"keys of turns that nothing reads but a chat template that knows them: {names}")
 
 
 def check_stage(example: Example, stage: str) -> None:

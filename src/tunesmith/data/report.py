@@ -95,8 +95,9 @@ class Report:
         self.changes.append(_problem(reason, row, detail))
 
     def note(self, text: str) -> None:
-        """Say something about the data as a whole."""
-        self.notes.append(visible(text))
+        """Say something about the data as a whole, once."""
+        if (note := visible(text)) not in self.notes:
+            self.notes.append(note)
 
     @property
     def num_dropped(self) -> int:
@@ -116,7 +117,7 @@ class Report:
         self.kept += part.kept
         self.num_tokens += part.num_tokens
         self.num_trained += part.num_trained
-        self.notes += part.notes
+        self.notes += [note for note in part.notes if note not in self.notes]
         self.drops += part.drops
         self.changes += part.changes
         self.lengths += part.lengths
