@@ -425,6 +425,49 @@ def test_packed_rows_and_single_documents_go_together():
     assert rows["seq_lengths"][:] == [[1, 2], [2]]
 
 
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("kind", [list, Dataset.from_list, TorchRows, TorchStream])
+def test_positions_that_begin_anew_are_documents(kind, packing):
+    rows = [
+        {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "position_ids": [0, 0, 1]},
+        {"input_ids": [4, 5, 6], "labels": [4, 5, 6], "position_ids": [0, 1, 2]},
+    ]
+    found = list(make(kind(rows), packing=packing, max_length=3))
+    assert sorted(length for row in found for length in row.get("seq_lengths", [3])) == [1, 2, 3]
+
+
+def test_positions_of_padding_begin_no_document():
+    rows = [{"input_ids": [9, 9, 1, 2], "attention_mask": [0, 0, 1, 1], "position_ids": [1, 1, 0, 1]}]
+    assert make(Dataset.from_list(rows))[0] == {"input_ids": [1, 2], "labels": [1, 2]}
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list, TorchStream])
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("labels", 3.7, "labels hold 3.7 at token 2, and must be whole numbers"),
+        ("labels", None, "labels hold None at token 2"),
+        ("labels", float("nan"), "labels hold nan at token 2"),
+        ("labels", 300, "labels hold 300 at token 2, and must be tokens of the model, from 0 to 258, or -100 where"),
+        ("labels", -1, "labels hold -1 at token 2"),
+        ("completion_mask", 0.5, "completion_mask hold 0.5 at token 2"),
+        ("input_ids", -100, "input_ids hold -100 at token 2, and must be tokens of the model, from 0 to 258\\."),
+    ],
+)
+def test_numbers_that_are_no_tokens_are_an_error_with_the_row(column, value, message, kind):
+    good = {"input_ids": [1, 2], "labels": [1, 2], "completion_mask": [1, 1]}
+    with pytest.raises(RowError, match=f"^train_dataset row 2: {message}") as caught:
+        list(make(kind([good, good | {column: [1, value]}]), num_ids=259))
+    assert caught.value.reason == "bad-tokens"
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list, TorchStream])
+def test_whole_numbers_may_be_written_as_floats(kind):
+    (row,) = make(kind([{"input_ids": [1, 2], "labels": [-100.0, 2.0]}]))
+    assert (row["input_ids"], row["labels"]) == ([1, 2], [-100, 2])
+    assert all(type(label) is int for label in row["labels"])
+
+
 # Formatting functions
 
 

@@ -71,6 +71,8 @@ class Preparation:
     """The option that asks for answers alone, as the person wrote it, if there is one."""
     unweighed: str = ""
     """The argument whose loss or batches know nothing of weights, if there is one."""
+    num_ids: int | None = None
+    """Embeddings of the model: what ids and labels of token rows are below."""
 
     @property
     def encoding(self) -> Encoding:
@@ -106,6 +108,7 @@ def preparation_of(
     own_collator: bool = False,
     makes_labels: bool | None = None,
     unweighed: str = "",
+    num_ids: int | None = None,
 ) -> Preparation:
     """The preparation that an `SFTConfig` asks for, of training or evaluation data."""
     kwargs = args.dataset_kwargs or {}
@@ -131,6 +134,7 @@ def preparation_of(
         own_collator=own_collator,
         makes_labels=makes_labels,
         unweighed=unweighed,
+        num_ids=num_ids,
         answers_by=answers_by(args),
         keep_columns=args.remove_unused_columns is False,
         skip=bool(kwargs.get("skip_prepare_dataset", False)),

@@ -1,7 +1,9 @@
 """Rows that somebody tokenized: taken as they are, but for labels, padding, and what packing needs."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
+from numbers import Real
 from typing import Any
 
 import datasets
@@ -20,7 +22,7 @@ from tunesmith.data.tokenize import Tokens
 from tunesmith.train.reading import Preparation, check_report, numbered, values_of
 
 MASKS = ("completion_mask", "assistant_masks")  # TRL's columns of 0 and 1 beside input_ids
-ROW_COLUMNS = (*TOKEN_COLUMNS, *MASKS, "attention_mask", "seq_lengths")
+ROW_COLUMNS = (*TOKEN_COLUMNS, *MASKS, "attention_mask", "position_ids", "seq_lengths")
 ROWS_AT_ONCE = 1000
 
 
@@ -32,11 +34,12 @@ def ready(name: str, dataset: Any, columns: list[str], how: Preparation, report:
     if (how.packing and "seq_lengths" not in columns) or how.label_with is not None:
         return refitted(name, dataset, how, report)
     is_table = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
-    is_finished = "labels" in columns and "attention_mask" not in columns and not isinstance(dataset, list | tuple)
-    if how.own_collator or (is_finished and not is_table):
+    has_positions = "position_ids" in columns and "seq_lengths" not in columns  # which may begin anew
+    is_finished = "labels" in columns and "attention_mask" not in columns and not has_positions
+    if how.own_collator or (is_finished and not is_table and not isinstance(dataset, list | tuple)):
         report.read = report.kept = len(dataset)
         return dataset
-    if not is_table or not _are_whole(rows := _arrow(dataset)):
+    if not is_table or has_positions or not _are_whole(rows := _arrow(dataset), how.num_ids):
         return refitted(name, dataset, how, report)
     if "labels" not in columns:
         dataset = dataset.with_format(None)  # which may have hidden them
@@ -68,7 +71,7 @@ def fitted(row: Row, how: Preparation, report: Report) -> Tokens | None:
     report.read += 1
     place: Example = {"source": row.source, "line": row.line}
     try:
-        tokens: Tokens | None = token_row(row, how.train_on)
+        tokens: Tokens | None = token_row(row, how.train_on, how.num_ids)
     except RowError as error:
         if how.on_bad_row == "error":
             raise
@@ -87,14 +90,27 @@ def fitted(row: Row, how: Preparation, report: Report) -> Tokens | None:
     return tokens
 
 
-def token_row(row: Row, train_on: str) -> Tokens:
+def token_row(row: Row, train_on: str, num_ids: int | None = None) -> Tokens:
     """A row with `input_ids` as it is; labels default to the ids, less what the mask columns leave out.
 
     `completion_mask` counts unless `train_on` is "all". Where `attention_mask` is 0 stands padding: it is taken out.
+    Where `position_ids` begin anew a document does.
 
-    Raises: RowError where columns are not as long as the ids, or `seq_lengths` do not add up to them.
+    Args:
+        num_ids: ids and labels are below it.
+
+    Raises: RowError where columns are not as long as the ids, `seq_lengths` do not add up to them, or a number cannot
+        be what it stands for.
     """
-    found = {name: as_list(row.value[name], name) for name in ROW_COLUMNS if row.value.get(name) is not None}
+    try:
+        return _token_row(row.value, train_on, num_ids)
+    except RowError as error:
+        raise error.at(row.source, row.line) from None
+
+
+def _token_row(value: Mapping[str, Any], train_on: str, num_ids: int | None) -> Tokens:
+    found = {name: as_list(value[name], name) for name in ROW_COLUMNS if value.get(name) is not None}
+    found |= {name: whole_numbers(found[name], name) for name in found if name != "weights"}
     sizes = {name: sum(values) if name == "seq_lengths" else len(values) for name, values in found.items()}
     if "input_ids" not in found or len(set(sizes.values())) > 1:
         lengths = ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -102,7 +118,8 @@ def token_row(row: Row, train_on: str) -> Tokens:
             f"columns of one row must be equally long, found {lengths or 'none'}. Give every row input_ids, and "
             "labels or masks of the same length.",
             "unequal-columns",
-        ).at(row.source, row.line)
+        )
+    _check_range(found, num_ids)
     tokens: Tokens = {"input_ids": found["input_ids"]}
     masks = [found[name] for name in masks_in(found, train_on)]
     unmasked = [id if all(bits) else IGNORE_INDEX for id, *bits in zip(found["input_ids"], *masks)]
@@ -111,10 +128,45 @@ def token_row(row: Row, train_on: str) -> Tokens:
         tokens["weights"] = found["weights"]
     if "seq_lengths" in found:  # packed by somebody
         return tokens | {"seq_lengths": found["seq_lengths"]}
-    seen = found.get("attention_mask", ())
+    seen, positions = found.get("attention_mask", ()), found.get("position_ids", ())
     if not all(seen):
         tokens = {name: [item for item, is_seen in zip(items, seen) if is_seen] for name, items in tokens.items()}
+        positions = [position for position, is_seen in zip(positions, seen) if is_seen]
+    begins = [i for i in range(1, len(positions)) if positions[i] != positions[i - 1] + 1]
+    if begins:
+        tokens["seq_lengths"] = [stop - first for first, stop in pairwise([0, *begins, len(positions)])]
     return tokens
+
+
+def whole_numbers(values: list, column: str) -> list[int]:
+    """The numbers of a row as whole ones; other programs may have written them as floats."""
+    if all(type(value) is int for value in values):
+        return values
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, Real) or not math.isfinite(value) or value != int(value):
+            raise RowError(
+                f"{column} hold {value!r} at token {number}, and must be whole numbers. Mend them, or leave the row "
+                "out.",
+                "bad-tokens",
+            )
+    return [int(value) for value in values]
+
+
+def _check_range(found: Mapping[str, list[int]], num_ids: int | None) -> None:
+    limit = math.inf if num_ids is None else num_ids
+    for name in [name for name in ("input_ids", "labels") if name in found]:
+        strange = {id for id in set(found[name]) if not 0 <= id < limit} - (
+            {IGNORE_INDEX} if name == "labels" else set()
+        )
+        if strange:
+            number, id = next((number, id) for number, id in enumerate(found[name], 1) if id in strange)
+            known = "from 0 on" if num_ids is None else f"from 0 to {num_ids - 1}"
+            beside = f", or {IGNORE_INDEX} where nothing is trained" if name == "labels" else ""
+            raise RowError(
+                f"{name} hold {id} at token {number}, and must be tokens of the model, {known}{beside}. Take the "
+                "tokenizer of this model, or mend the row.",
+                "bad-tokens",
+            )
 
 
 def masks_in(columns: Mapping[str, Any] | Sequence[str], train_on: str) -> list[str]:
@@ -143,16 +195,38 @@ def _arrow(dataset: datasets.Dataset) -> pa.Table:
     return dataset.select_columns([name for name in ROW_COLUMNS if name in dataset.column_names])[:]
 
 
-def _are_whole(rows: pa.Table) -> bool:
-    """Whether every row has tokens and no padding, and all columns of a row are of its length."""
+def _are_whole(rows: pa.Table, num_ids: int | None) -> bool:
+    """Whether every row has tokens of the model and no padding, and all its columns are of its length."""
     if not len(rows) or any(one.null_count or pa.types.is_nested(one.type.value_type) for one in rows.columns):
+        return False
+    if not all(_are_numbers(name, rows[name]) for name in rows.column_names):
         return False
     lengths = _lengths(rows["input_ids"])
     sizes = [_sums(rows[name]) if name == "seq_lengths" else _lengths(rows[name]) for name in rows.column_names]
     if not lengths.all() or not all(np.array_equal(size, lengths) for size in sizes):
         return False
+    if not all(
+        _are_tokens(name, rows[name], num_ids) for name in rows.column_names if name in ("input_ids", "labels")
+    ):
+        return False
     seen = rows["attention_mask"].chunks if "attention_mask" in rows.column_names else ()
     return all(pc.all(pc.cast(chunk.flatten(), pa.bool_())).as_py() for chunk in seen)
+
+
+def _are_numbers(name: str, lists: pa.ChunkedArray) -> bool:
+    """Whether a column holds what it should, and no null; weights are no whole numbers."""
+    kind = lists.type.value_type
+    is_whole = pa.types.is_integer(kind) or pa.types.is_boolean(kind) or name == "weights"
+    return is_whole and not any(chunk.flatten().null_count for chunk in lists.chunks)
+
+
+def _are_tokens(name: str, lists: pa.ChunkedArray, num_ids: int | None) -> bool:
+    for chunk in lists.chunks:
+        ids = chunk.flatten().to_numpy(zero_copy_only=False)
+        strange = (ids < 0) if num_ids is None else (ids < 0) | (ids >= num_ids)
+        if (strange & (ids != IGNORE_INDEX) if name == "labels" else strange).any():
+            return False
+    return True
 
 
 def _sums(lists: pa.ChunkedArray) -> np.ndarray:

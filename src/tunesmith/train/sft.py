@@ -231,6 +231,7 @@ class SFTTrainer(GeneratingTrainer):
             own_collator=not self._own_batches,
             makes_labels=self._makes_labels,
             unweighed=self._unweighed(),
+            num_ids=self._num_embeddings,
         )
         if self.tokenizer is None and not how.skip:
             raise ConfigError(
