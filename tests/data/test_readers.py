@@ -26,6 +26,9 @@ GOOD = b'{"prompt": "a", "completion": "b"}\n'
         ("a.json", b'{"a": "1"}\n{"a": "2"}\n'),
         ("a.csv", b"a\n1\n2\n"),
         ("a.csv", b'\xef\xbb\xbfa\r\n\r\n"1"\r\n2\r\n'),
+        ("a.csv", b'\xef\xbb\xbfa\r1\r"2"\r'),
+        ("a.jsonl", b'{"a": "1"}\r{"a": "2"}'),
+        ("a.json", b'[{"a": "1"},\r{"a": "2"}]\r'),
     ],
 )
 def test_one_table_is_read_alike_from_every_layout(tmp_path, name, content):
@@ -40,6 +43,38 @@ def test_parquet_rows_are_numbered(tmp_path):
     table = [{"messages": [{"role": "user", "content": "é"}]}, {"messages": []}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), path)
     assert load(path) == [Row(table[0], path, 1), Row(table[1], path, 2)]
+
+
+# reliability: 34
+@pytest.mark.parametrize(
+    "kind", ["timestamp[ms]", "timestamp[us, tz=UTC]", "date32[day]", "date64[ms]", "duration[s]"]
+)
+def test_times_that_python_cannot_hold_stop_no_reading(tmp_path, kind):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = str(tmp_path / "a.parquet")
+    types = {str(found): found for found in (pyarrow.date32(), pyarrow.date64(), pyarrow.duration("s"))}
+    types |= {"timestamp[ms]": pyarrow.timestamp("ms"), "timestamp[us, tz=UTC]": pyarrow.timestamp("us", "UTC")}
+    far = pyarrow.array([2 * 10**9 if kind == "date32[day]" else 864 * 10**15, None], types[kind])
+    pyarrow.parquet.write_table(pyarrow.table({"a": ["1", "2"], "when": far}), path)
+    assert [row["a"] for row in values(load(path))] == ["1", "2"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_two_columns_of_one_name_are_an_error(tmp_path, suffix):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = str(tmp_path / f"a{suffix}")
+    table = pyarrow.table([["1"], ["2"]], names=["a", "a"])
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match=r"two columns are named 'a'\. Rename one"):
+        load(path)
 
 
 @pytest.mark.parametrize("format", ["stream", "file"])
@@ -130,6 +165,10 @@ def test_a_csv_field_may_be_longer_than_the_modules_limit(tmp_path):
         ("a.csv", b"a,b,a\n1,2,3\n", r"a\.csv:1: the header names column 'a' twice"),
         ("a.csv", b"\na,,c\n1,2,3\n", r"a\.csv:2: column 2 of the header has no name"),
         ("a.csv", b"a;b\n1;2\n", r"a\.csv:1: the columns are separated by ';'"),
+        ("a.csv", b"a\rb,c\n1,2\n", r"a\.csv:1: not valid CSV: new-line character"),
+        ("a.jsonl", b"\x1f\x8b\x08\0", r"a\.jsonl is packed \(gzip\)\. Unpack it: gzip -dc < a\.jsonl > "),
+        ("a.json", b"\x1f\x8b\x08\0", r"a\.json is packed"),
+        ("a.csv", b"PK\x03\x04\0", r"a\.csv is packed \(funzip\)"),
         ("a.parquet", b"PAR1", r"a\.parquet: not readable as Parquet"),
         (
             "a.jsonl.gz",
@@ -160,6 +199,7 @@ BAD_LINES = [
     (b'{"a": "cut off', "bad-json", r"Unterminated string starting at column 7.*Was the file cut off"),
     (b"{", "bad-json", r"convert it with jq -c"),
     (b"{'a': 1}", "bad-json", r"double quotes; write the file with json\.dumps"),
+    (b'{"a": 1}, ', "bad-json", r"Take the commas between the rows out"),
     (b'[{"a": 1},', "bad-json", r"A file that is one JSON array must be named \.json"),
     (b"[" * 100_000, "bad-json", r"not readable as JSON: maximum recursion depth"),
     (b'{"a": ' + b"1" * 5000 + b"}", "bad-json", r"not readable as JSON: Exceeds the limit"),

@@ -62,6 +62,10 @@ def _line_hint(text: str, error: json.JSONDecodeError) -> str:
         )
     if text.lstrip().startswith("["):
         return "A file that is one JSON array must be named .json."
+    if error.msg == "Extra data" and text[error.pos :].strip() == ",":
+        return (
+            "Take the commas between the rows out (sed 's/,$//'); only the rows of a JSON array, in .json, have them."
+        )
     if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
         return "The line ends too early. Was the file cut off, or does an object go over several lines (see jq -c)?"
     if re.match(r"\s*\{\s*'", text):
@@ -290,7 +294,11 @@ class _TextLines:
 
 
 def _header(path: str, reader: Iterator[list[str]], lines: _TextLines) -> list[str]:
-    header = next((fields for fields in reader if fields), [])
+    try:
+        header = next((fields for fields in reader if fields), [])
+    except csv.Error as error:
+        at = place(path, lines.number)
+        raise DataError(f"{at}: not valid CSV: {error}. Double the quotes inside a field.") from None
     at = place(path, lines.number)
     if len(header) == 1 and (found := re.search(r"[;\t|]", header[0])):
         raise DataError(f"{at}: the columns are separated by {visible(found[0])!r}; write the file with commas.")
@@ -329,11 +337,12 @@ def read_parquet(path: str) -> Iterator[Row | RowError]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _check_names(path, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
+                for value in _batch_values(batch):
                     number += 1
                     yield Row(without_nulls(value), path, number)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OverflowError) as error:
         what = visible(str(error), 120).rstrip(".")
         raise DataError(
             f"{path}: not readable as Parquet after row {number}: {what}. Write the file again."
@@ -351,10 +360,11 @@ def read_arrow(path: str) -> Iterator[Row | RowError]:
             is_file_format = file.read(6) == b"ARROW1"
             file.seek(0)
             for batch in _arrow_batches(pyarrow.ipc, file, is_file_format):
-                for value in batch.to_pylist():
+                _check_names(path, batch.schema.names)
+                for value in _batch_values(batch):
                     number += 1
                     yield Row(without_nulls(value), path, number)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OverflowError) as error:
         what = visible(str(error), 120).rstrip(".")
         raise DataError(f"{path}: not readable as Arrow after row {number}: {what}. Write the file again.") from error
 
@@ -366,6 +376,28 @@ def _arrow_batches(ipc: Any, file: Any, is_file_format: bool) -> Iterator[Any]:
     reader = ipc.open_file(file)
     for index in range(reader.num_record_batches):
         yield reader.get_batch(index)
+
+
+def _check_names(path: str, names: list[str]) -> None:
+    """Refuse two columns of one name: a row would hold the second alone."""
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise DataError(f"{path}: two columns are named '{visible(name, 40)}'. Rename one of them.")
+
+
+def _batch_values(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch; times that Python cannot hold, beyond the year 9999, as the numbers that they are."""
+    try:
+        return batch.to_pylist()
+    except (OverflowError, ValueError):
+        import pyarrow as pa
+
+        numbers = {32: pa.int32(), 64: pa.int64()}
+        columns = [
+            column.view(numbers[column.type.bit_width]) if pa.types.is_temporal(column.type) else column
+            for column in batch.columns
+        ]
+        return pa.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist()
 
 
 READERS: dict[str, Callable[[str], Iterator[Row | RowError]]] = {
@@ -382,15 +414,36 @@ READERS: dict[str, Callable[[str], Iterator[Row | RowError]]] = {
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Line numbers and lines. Only a line feed ends a line: U+2028 and the like may stand inside a text."""
+    """Line numbers and lines. Only a line feed ends a line: U+2028 and the like may stand inside a text.
+
+    In a file that has none carriage returns do, as on old Macs.
+    """
     with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
+        start = file.read(PART)
+        file.seek(0)
+        lines = _carriage_lines(path) if b"\r" in start.rstrip(b"\r") and b"\n" not in start else file
+        for number, raw in enumerate(lines, 1):
             yield number, _without_bom(path, raw) if number == 1 else raw
+
+
+def _carriage_lines(path: str) -> Iterator[bytes]:
+    with open(path, encoding="latin-1", newline="\r") as file:  # which holds every byte
+        for line in file:
+            yield line.removesuffix("\r").encode("latin-1") + b"\n"
+
+
+PACKED = {b"\x1f\x8b": "gzip -dc", b"(\xb5/\xfd": "zstd -dc", b"PK\x03\x04": "funzip"}  # first bytes → unpacks
 
 
 def _without_bom(path: str, raw: bytes) -> bytes:
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path} is UTF-16, not UTF-8. {_convert('UTF-16', path)}")
+    for begin, command in PACKED.items():
+        if raw.startswith(begin):
+            name = visible(os.path.basename(path))
+            raise DataError(
+                f"{path} is packed ({command.split()[0]}). Unpack it: {command} < {name} > unpacked-{name}"
+            )
     return raw.removeprefix(b"\xef\xbb\xbf")
 
 
