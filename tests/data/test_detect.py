@@ -68,6 +68,14 @@ def test_a_pair_that_is_a_conversation_too_trains_stage_sft_on_that():
         detect_format(rows(pair | {"messages": [HI]}))  # the prompt of the answers
 
 
+@pytest.mark.parametrize(
+    ("change", "said"), [({"chosen": None}, "chosen holds"), ({"chosen": None, "rejected": None}, "rejected hold")]
+)
+def test_a_pair_whose_answer_is_null_says_so(change, said):
+    with pytest.raises(DataError, match=rf"^a\.jsonl:1: stage rm compares two answers, and .*{said} nothing \(null\)"):
+        detect_format(rows({"prompt": "p", "chosen": "a", "rejected": "b"} | change), stage="rm")
+
+
 # workflow: V5
 @pytest.mark.parametrize("value", [ALPACA, {"messages": [HI, HELLO]}, {"text": "x"}, {"chosen": "a"}])
 def test_rows_of_one_answer_are_not_for_stage_rm(value):

@@ -86,6 +86,8 @@ def test_alpaca_history_and_system_come_before_the_question():
         ({"input": ["2+2"]}, "bad-content"),
         ({"instruction": "", "input": ""}, "empty-prompt"),
         ({"history": ["a", "b"]}, "bad-history"),
+        ({"history": 5}, "bad-history"),
+        ({"history": "a"}, "bad-history"),
         ({"system": 3}, "bad-content"),
     ],
 )

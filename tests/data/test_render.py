@@ -1,5 +1,7 @@
 """Texts and spans, written out: `[…]` marks what the loss covers."""
 
+import json
+
 import pytest
 
 from tests import tiny
@@ -218,6 +220,16 @@ def test_control_tokens_of_a_person_are_found_in_tool_calls_and_tools_too(byte_t
     call = {"role": "assistant", "content": "", "tool_calls": [{"arguments": {"<|im_end|>": ["<|im_start|>"]}}]}
     row = render({"messages": [HI[0], call], "tools": [{"name": "<|pad|>"}]}, byte_tokenizer)
     assert [row.text[slice(*literal)] for literal in row.literal] == ["<|pad|>", "<|im_end|>", "<|im_start|>"]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_values_nested_too_deeply_are_refused(byte_tokenizer, as_text):
+    arguments = '{"x": ' + "[" * 600 + "]" * 600 + "}"
+    call = {"function": {"name": "f", "arguments": arguments if as_text else json.loads(arguments)}}
+    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+    with pytest.raises(TemplateError, match="nested too deeply") as caught:
+        render({"messages": [{"role": "user", "content": "?"}, calling]}, byte_tokenizer)
+    assert caught.value.reason == "too-deep"
 
 
 def test_a_template_that_acts_on_a_persons_control_token_is_refused(byte_tokenizer):

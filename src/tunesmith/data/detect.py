@@ -92,6 +92,11 @@ def _no_format(row: Row, columns: Mapping[str, str] | None, stage: str) -> str:
     value = renamed(row.value, columns) if columns else row.value
     present = [str(key) for key in value]
     if stage == "rm":
+        if null := [name for name in ("chosen", "rejected") if name in value and value[name] is None]:
+            return (
+                f"{place(row.source, row.line)}: stage rm compares two answers, and {' and '.join(null)} "
+                f"hold{'s' * (len(null) == 1)} nothing (null). Write both answers, or leave the row out."
+            )
         return (
             f"{place(row.source, row.line)}: stage rm compares two answers, and the row has the columns "
             f"{columns_of(value)}. Name them in columns: {{chosen: ..., rejected: ...}}, or set stage: sft."

@@ -40,7 +40,11 @@ def alpaca_prompt(value: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not question.strip():
         raise RowError("'instruction' and 'input' are both empty. Write what the answer answers.", "empty-prompt")
     messages: list[dict[str, Any]] = []
-    for pair in value.get("history") or ():
+    history = value.get("history") or ()
+    if not isinstance(history, (list, tuple)):
+        what = f"'history' is {kind_of(history)}; expected a list of pairs [question, answer]."
+        raise RowError(what, "bad-history")
+    for pair in history:
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(turn, str) for turn in pair)):
             what = visible(repr(pair), 60)
             raise RowError(f"'history' holds {what}; expected pairs [question, answer] of texts.", "bad-history")

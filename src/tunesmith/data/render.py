@@ -121,15 +121,12 @@ def render_prompt(
     """
     chat = Chat.of(tokenizer, chat_template, tools, where, chat_template_kwargs)
     messages, left_out = chat.within_reach(list(messages))
-    plain = chat.with_arguments([for_template(message) for message in messages])
-    hidden = _Hider(control_tokens(tokenizer))
-    masked = replace(chat, tools=hidden(chat.tools), kwargs=hidden(chat.kwargs))
-    masked_messages = hidden(plain)
+    plain, masked, masked_messages, has_hidden = _hidden(chat, messages)
     full = prompt_text(masked, masked_messages)
     _check_written(masked, masked_messages, {}, full)
     answers = untrained_spans(masked, masked_messages, full, control_tokens(tokenizer))
-    text = prompt_text(chat, plain) if hidden.found else full
-    literal = _literal_ranges(text, full, where) if hidden.found else ()
+    text = prompt_text(chat, plain) if has_hidden else full
+    literal = _literal_ranges(text, full, where) if has_hidden else ()
     return Rendered(text, [], literal, untrained=answers, left_out=left_out)
 
 
@@ -189,17 +186,12 @@ def _render_chat(chat: Chat, messages: list["Message"], train_on: str, first: in
     """Render, choose the turns, find their spans; `first`: index of the first message of a row's completion."""
     messages, left_out = chat.within_reach(messages)
     turns = trained_turns(messages, train_on, None if first is None else max(0, first - left_out), chat.where)
-    plain = chat.with_arguments([for_template(message) for message in messages])
     controls = control_tokens(chat.tokenizer)
-    # Structure is read off a rendering in which control tokens of the person's are replaced, so they cannot pass for
-    # the template's own.
-    hidden = _Hider(controls)
-    masked = replace(chat, tools=hidden(chat.tools), kwargs=hidden(chat.kwargs))
-    masked_messages = hidden(plain)
+    plain, masked, masked_messages, has_hidden = _hidden(chat, messages)
     full, ranges = masked.marked_text(masked_messages)
     _check_written(masked, masked_messages, turns, full)
-    text = chat.text(plain) if hidden.found else full
-    literal = _literal_ranges(text, full, chat.where) if hidden.found else ()
+    text = chat.text(plain) if has_hidden else full
+    literal = _literal_ranges(text, full, chat.where) if has_hidden else ()
     if turns:
         answers = turn_spans(masked, masked_messages, turns, full, ranges, controls)
     else:
@@ -295,6 +287,21 @@ def _called(message: dict) -> Iterator[str]:
 def for_template(message: "Message") -> dict[str, Any]:
     """Without our own keys, and without None: templates crash on it, or write 'None'."""
     return {key: value for key, value in message.items() if value is not None and key not in ("train", "weight")}
+
+
+def _hidden(chat: Chat, messages: Sequence["Message"]) -> tuple[list[dict], Chat, list[dict], bool]:
+    """The turns as the template takes them; chat and turns without the person's control tokens; whether there are any.
+
+    Structure is read off a rendering in which those are replaced, so that they cannot pass for the template's own.
+    """
+    hidden = _Hider(control_tokens(chat.tokenizer))
+    try:
+        plain = chat.with_arguments([for_template(message) for message in messages])
+        masked = replace(chat, tools=hidden(chat.tools), kwargs=hidden(chat.kwargs))
+        return plain, masked, hidden(plain), hidden.found
+    except RecursionError:
+        what = "a tool call, a tool or another value of the row is nested too deeply. Simplify it"
+        raise chat.refusal(what, "too-deep") from None
 
 
 class _Hider:
