@@ -100,6 +100,12 @@ def test_rows_that_cannot_be_trained_on_are_counted_by_reason_or_stop_the_check(
     assert "rows.jsonl:1: 'messages' is null; expected a list of turns" in ask(rows, code=3)
 
 
+@pytest.mark.parametrize("split", ["train[:50%]", "train+test"])
+def test_a_part_of_a_file_is_refused(ask, split):
+    said = ask([PAIR] * 4, "--split", split, code=2)
+    assert f"split: '{split}' takes a part of a Hub dataset, and dataset rows.jsonl is a file or folder" in said
+
+
 def test_keys_of_turns_that_nothing_reads_are_named(ask):
     said = ask(chats([USER, REPLY | {"id": 3, "name": "n"}], [USER | {"los": 1}, REPLY | {"loss": True}]))
     assert "keys of turns that nothing reads but a chat template that knows them: id, los\n" in said

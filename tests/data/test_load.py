@@ -25,6 +25,37 @@ def test_a_folder_is_read_in_name_order_without_hidden_and_other_files(tmp_path)
     assert report.notes == [f"{tmp_path}: not read: README.md"]
 
 
+def test_folders_in_a_folder_and_links_to_nothing_are_named(tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "a.txt").symlink_to("gone.txt")
+    (tmp_path / ".a.txt").symlink_to("gone.txt")
+    with pytest.raises(DataError, match=r"holds no data file\..* Its folders are not looked into; name one: more/\."):
+        load(tmp_path)
+    write(tmp_path, "b.txt", b"1")
+    report = Report()
+    assert values(load(tmp_path, report=report)) == [{"text": "1"}]
+    assert report.notes == [f"{tmp_path}: not read: more/, a.txt (a link to nothing)"]
+    with pytest.raises(DataError, match=r"a\.txt is a link to gone\.txt, which is not there"):
+        load(tmp_path / "a.txt")
+
+
+def test_a_saved_dataset_of_several_splits_names_them(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ["a"]})
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"in splits\. Name one of them: .*saved/test, .*saved/train\."):
+        load(tmp_path / "saved")
+    assert values(load(tmp_path / "saved" / "train")) == [{"text": "a"}]
+
+
+def test_a_split_of_files_is_said_to_be_read_whole(tmp_path):
+    report = Report()
+    path = write(tmp_path, "a.txt", b"1")
+    assert values(load(path, split="test", report=report)) == [{"text": "1"}]
+    assert report.notes == [f"{path}: split test is for Hub datasets; files are read whole"]
+
+
 # workflow: D2
 @pytest.mark.parametrize(
     ("suffix", "content"),

@@ -33,19 +33,25 @@ def good_rows(items: Iterable[Row | RowError], on_bad_row: str, report: Report) 
 def data_files(path: str, report: Report, name: str = "") -> list[str]:
     """The file itself, or the data files of a folder in name order; hidden files and subfolders are not looked at.
 
-    Raises: DataError for a path that is absent, and a folder of no data files or of several types.
+    Raises: DataError for a path that is absent, and a folder of splits, of no data files or of several types.
     """
     if not os.path.isdir(path):
         if not os.path.exists(path):
             raise DataError(_absent(name or path, path))
         return [path]
-    entries = sorted(e.name for e in os.scandir(path) if e.is_file() and not e.name.startswith("."))
+    _check_no_splits(path)
+    found = sorted((e for e in os.scandir(path) if not e.name.startswith(".")), key=lambda e: e.name)
+    entries, folders = [e.name for e in found if e.is_file()], [f"{e.name}/" for e in found if e.is_dir()]
     has_arrow = any(name.endswith(".arrow") for name in entries)  # as `save_to_disk` writes, with two files beside
     beside = ("dataset_info.json", "state.json") if has_arrow else ("dataset_info.json",)
     files = [name for name in entries if Path(name).suffix.lower() in READERS and name not in beside]
     if not files:
-        raise DataError(f"{path} holds no data file. It must hold files ending in {', '.join(READERS)}. {EXTENSIONS}")
-    ignored = [name for name in entries if name not in files]
+        inside = f" Its folders are not looked into; name one: {', '.join(map(visible, folders[:5]))}." * bool(folders)
+        raise DataError(
+            f"{path} holds no data file. It must hold files ending in {', '.join(READERS)}. {EXTENSIONS}{inside}"
+        )
+    gone = [f"{e.name} (a link to nothing)" for e in found if not os.path.exists(e.path)]
+    ignored = [*(name for name in entries if name not in files), *folders, *gone]
     if ignored:
         report.note(f"{path}: not read: {', '.join(map(visible, ignored[:5]))}{' ...' * (len(ignored) > 5)}")
     for name in files:
@@ -55,6 +61,13 @@ def data_files(path: str, report: Report, name: str = "") -> list[str]:
                 "name the files one by one."
             )
     return [os.path.join(path, name) for name in files]
+
+
+def _check_no_splits(path: str) -> None:
+    """Refuse a folder of several splits, as `DatasetDict.save_to_disk` writes it."""
+    if os.path.isfile(os.path.join(path, "dataset_dict.json")):
+        folders = sorted(os.path.join(path, e.name) for e in os.scandir(path) if e.is_dir())
+        raise DataError(f"{path} holds a dataset in splits. Name one of them: {', '.join(map(visible, folders))}.")
 
 
 def file_type(name: str) -> str:
@@ -132,6 +145,8 @@ def _hub_rows(name: str, split: str, streaming: bool, options: dict[str, str | N
 
 def _absent(name: str, path: str) -> str:
     parent, last = os.path.split(path)
+    if os.path.islink(path):
+        return f"{visible(name)} is a link to {visible(os.readlink(path))}, which is not there. Mend the link."
     siblings = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
     hint = did_you_mean(last, [s for s in siblings if not s.startswith(".")])
     if not hint and parent and not os.path.isdir(parent):

@@ -1,6 +1,7 @@
 """A source becomes examples, one by one: its rows are read as its entry, its columns and the stage say."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -78,13 +79,18 @@ def _placed(rows: Iterator[Row], place: dict[str, Any]) -> Iterator[Row]:
 
 
 def check_source(source: Source, how: Reading) -> None:
-    """Refuse an entry of the registry that the stage cannot use, before anything is read.
+    """Refuse a part of a file, and an entry of the registry that the stage cannot use, before anything is read.
 
     Raises: ConfigError.
     """
+    where = f"dataset {visible(source.name, 80)}"
+    if not source.is_hub and re.search(r"[\[+]", source.split):
+        raise ConfigError(
+            f"split: '{visible(source.split, 40)}' takes a part of a Hub dataset, and {where} is a file or folder, "
+            "which is read whole. Take the part with max_samples or val_size."
+        )
     if not source.is_registered:
         return
-    where = f"dataset {visible(source.name, 80)}"
     if not source.is_hub and not os.path.exists(source.place):
         raise DataError(f"{where}: its entry in {FILE} names {source.place}, which is not there.{near(source.place)}")
     if "kto_tag" in source.columns:
@@ -124,6 +130,8 @@ def source_rows(
     if not source.is_hub:
         files = data_files(source.place, report, "" if source.is_registered else source.name)
         check_files(source, files, report)
+        if source.split != "train":
+            report.note(f"{source.name}: split {source.split} is for Hub datasets; files are read whole")
         return read_files(files) if after is None else read_files_after(files, *after)
     if os.path.exists(source.place):
         raise ConfigError(
