@@ -293,6 +293,17 @@ def test_skip_prepare_dataset_returns_the_very_dataset(byte_tokenizer):
         prepared("train_dataset", masked, how, Report())
 
 
+def test_documents_that_only_positions_tell_apart_are_refused_if_nobody_prepares_them(byte_tokenizer):
+    how = preparation_of(arguments(dataset_kwargs={"skip_prepare_dataset": True}), byte_tokenizer, 64)
+    packed = Dataset.from_dict({"input_ids": [[1, 2]] * 2, "position_ids": [[0, 1], [0, 0]]})
+    with pytest.raises(ConfigError, match="train_dataset row 2: its position_ids begin anew, and skip_prepare"):
+        prepared("train_dataset", packed, how, Report())
+    told = packed.add_column("seq_lengths", [[2], [1, 1]])
+    assert prepared("train_dataset", told, how, Report()) is told
+    padded = packed.add_column("attention_mask", [[1, 1], [0, 1]])
+    assert prepared("train_dataset", padded, how, Report()) is padded
+
+
 # Tokenized by somebody else
 
 

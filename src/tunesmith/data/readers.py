@@ -418,9 +418,8 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
 
     In a file that has none carriage returns do, as on old Macs.
     """
-    with open(path, "rb") as file:
-        start = file.read(PART)
-        file.seek(0)
+    with open(path, "rb", PART) as file:
+        start = file.peek()
         lines = _carriage_lines(path) if b"\r" in start.rstrip(b"\r") and b"\n" not in start else file
         for number, raw in enumerate(lines, 1):
             yield number, _without_bom(path, raw) if number == 1 else raw

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 import datasets
@@ -19,7 +20,7 @@ from tunesmith.data.report import Report
 from tunesmith.errors import ConfigError
 from tunesmith.train.batching import shuffled
 from tunesmith.train.reading import Preparation, Reader, beside, check_answers, check_report, numbered, values_of
-from tunesmith.train.ready import masks_in, ready, refitted
+from tunesmith.train.ready import document_lengths, masks_in, ready, refitted
 from tunesmith.train.streaming import (
     MixedStream,
     PackedStream,
@@ -30,6 +31,7 @@ from tunesmith.train.streaming import (
 )
 
 TokenRows = datasets.Dataset | Stream
+PEEKED = 100  # rows of a dataset that is left as it is
 
 
 def prepared(name: str, dataset: Any, how: Preparation, report: Report) -> Any:
@@ -118,7 +120,7 @@ def _check_kind(name: str, dataset: Any) -> None:
 
 
 def _check_labelled(name: str, dataset: Any, how: Preparation) -> None:
-    """Refuse masks that nobody would read."""
+    """Refuse masks, and bounds of documents, that nobody would read."""
     columns = getattr(dataset, "column_names", None) or ()
     masks = masks_in(columns, how.train_on) if isinstance(columns, list) and not how.own_collator else []
     if masks and "labels" not in columns:
@@ -126,6 +128,21 @@ def _check_labelled(name: str, dataset: Any, how: Preparation) -> None:
             f"{name} has {', '.join(masks)} but no labels, and skip_prepare_dataset leaves it as it is, so every "
             "token would be trained. Add a labels column (-100 where the loss does not count), or prepare the dataset."
         )
+    is_table = isinstance(dataset, datasets.Dataset) and not how.own_collator
+    if is_table and "position_ids" in columns and "seq_lengths" not in columns:
+        _check_unpacked(name, dataset)
+
+
+def _check_unpacked(name: str, dataset: datasets.Dataset) -> None:
+    """Refuse rows whose positions tell of several documents, if there is one among the first."""
+    for number, row in enumerate(dataset.with_format(None).select(range(min(PEEKED, len(dataset)))), 1):
+        seen = row.get("attention_mask") or repeat(1)
+        positions = [position for position, is_seen in zip(row["position_ids"] or (), seen) if is_seen]
+        if all(isinstance(position, int) for position in positions) and len(document_lengths(positions)) > 1:
+            raise ConfigError(
+                f"{name} row {number}: its position_ids begin anew, and skip_prepare_dataset leaves it as it is, so "
+                "its documents would attend to one another. Add a column seq_lengths, or prepare the dataset."
+            )
 
 
 def _shuffled(documents: Any, how: Preparation) -> Any:

@@ -132,10 +132,18 @@ def _token_row(value: Mapping[str, Any], train_on: str, num_ids: int | None) -> 
     if not all(seen):
         tokens = {name: [item for item, is_seen in zip(items, seen) if is_seen] for name, items in tokens.items()}
         positions = [position for position, is_seen in zip(positions, seen) if is_seen]
-    begins = [i for i in range(1, len(positions)) if positions[i] != positions[i - 1] + 1]
-    if begins:
-        tokens["seq_lengths"] = [stop - first for first, stop in pairwise([0, *begins, len(positions)])]
-    return tokens
+    lengths = document_lengths(positions)
+    return tokens | {"seq_lengths": lengths} if len(lengths) > 1 else tokens
+
+
+def document_lengths(positions: Sequence[int]) -> list[int]:
+    """The lengths of documents whose positions, each from its beginning, stand end to end.
+
+    >>> document_lengths([0, 1, 2, 0, 1])
+    [3, 2]
+    """
+    begins = [i for i, position in enumerate(positions) if i == 0 or position != positions[i - 1] + 1]
+    return [stop - first for first, stop in pairwise([*begins, len(positions)])]
 
 
 def whole_numbers(values: list, column: str) -> list[int]:
