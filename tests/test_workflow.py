@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.workplace import call, write_recipe
+from tests.workplace import call, said, write_recipe
 from tunesmith.data.prepare import as_dataset
 from tunesmith.runs import read_metrics, read_status
 from tunesmith.workflow import run
@@ -109,9 +109,12 @@ def test_answers_are_not_written_over_others_that_nobody_named(workplace):
     assert "holds answers already. Name another file with --output" in call("predict", "asks.yaml", code=2)
     how = ("--eval_dataset", "heldout.jsonl", "--max_new_tokens", "2", "--use_cpu", "true")
     call("predict", "model", *how, code=2)
-    assert (workplace / "generated_predictions.jsonl").read_text() == "precious"
-    call("predict", "model", *how, "--output", "generated_predictions.jsonl")
-    assert (workplace / "generated_predictions.jsonl").read_text() != "precious"
+    call("predict", "model", *how, "--output", "asked/generated_predictions.jsonl")
+    for name in ("generated_predictions.jsonl", "train.jsonl", "model/config.json"):
+        before = (workplace / name).read_text()
+        output = call("predict", "model", *how, "--output", name, code=2)
+        assert f"--output: {name} is there, and holds no answers of predict. Name another file." in said(output)
+        assert (workplace / name).read_text() == before
 
 
 def test_merge_says_which_folders_of_a_recipe_it_takes(workplace):

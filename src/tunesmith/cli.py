@@ -23,7 +23,7 @@ from typer.core import TyperCommand
 from tunesmith import __version__
 from tunesmith.errors import ConfigError, DataError, TunesmithError
 from tunesmith.ranks import is_first_process
-from tunesmith.runs import PREDICTIONS_FILE, STATUS_FILE, to_json
+from tunesmith.runs import PREDICTIONS_FILE, STATUS_FILE, holds_answers, to_json
 from tunesmith.signals import Terminated
 
 app = typer.Typer(
@@ -279,7 +279,7 @@ def predict(
     output: Annotated[
         Path | None,
         typer.Option(
-            help=f"File for the answers, replaced if it is there. Default: {PREDICTIONS_FILE}, here or in a "
+            help=f"File for the answers; earlier ones in it are replaced. Default: {PREDICTIONS_FILE}, here or in a "
             "recipe's output_dir, if it is not there yet"
         ),
     ] = None,
@@ -292,15 +292,23 @@ def predict(
 
         loaded = load_for_model(model, flags=ctx.args, task="predict")
         workflow = quiet_workflow()
-        workflow.predict(loaded, output=output or new_answers(model, loaded), as_json=as_json)
+        workflow.predict(loaded, output=place_of_answers(output, model, loaded), as_json=as_json)
 
 
-def new_answers(model: str, loaded: Any) -> Path:
-    """Where answers go if nobody says: here, or into the output_dir of a recipe; never in place of others."""
+def place_of_answers(named: Path | None, model: str, loaded: Any) -> Path:
+    """Where answers go: a file that a person named, else one here or in the output_dir of a recipe.
+
+    Answers are replaced where a person named their file, and nothing else ever is.
+    """
     folder = "" if Path(model).is_dir() else loaded.training.get("output_dir") or ""
-    path = Path(folder) / PREDICTIONS_FILE
-    if is_first_process() and path.exists() and path.stat().st_size:
-        raise ConfigError(f"{path} holds answers already. Name another file with --output, or that one to replace it.")
+    path = named or Path(folder) / PREDICTIONS_FILE
+    if is_first_process() and path.is_file() and path.stat().st_size:
+        if not named:
+            raise ConfigError(
+                f"{path} holds answers already. Name another file with --output, or that one to replace it."
+            )
+        if not holds_answers(path):
+            raise ConfigError(f"--output: {path} is there, and holds no answers of predict. Name another file.")
     return path
 
 

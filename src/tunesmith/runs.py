@@ -395,6 +395,17 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def holds_answers(path: Path) -> bool:
+    """Whether a file begins with a line as `predict` writes them."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        first = file.readline()
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and "index" in row and ("predict" in row or "rejected" in row)
+
+
 def _forget_what_is_said_anew(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Take out earlier rows of steps after that of `row`, and the one of its step that has the same figures."""
     kept = []

@@ -49,14 +49,40 @@ def test_a_key_that_stands_twice_is_an_error_with_both_lines(recipe_file):
         (BASE + "seed: !!python/object:os.system 1\n", "recipe.yaml:3: not valid YAML"),
         (b"model: m\ndataset: caf\xe9\n", "recipe.yaml:2: the file is not UTF-8 text"),
         (BASE + "run_name: a\x00b\n", "recipe.yaml:3: not valid YAML"),
+        (BASE + "seed: !!int abc\n", "recipe.yaml:3: not valid YAML (the value is not what its tag !!int says)."),
+        (BASE + "seed: !!float abc\n", "recipe.yaml:3: not valid YAML (the value is not what its tag !!float says)."),
+        (BASE + "run_name: !!timestamp abc\n", "recipe.yaml:3: not valid YAML (the value is not what its tag"),
+        (BASE + f"columns: {'[' * 3000}{']' * 3000}\n", "recipe.yaml: its lists and mappings are nested too deep"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_an_error_with_its_line(recipe_file, text, expected):
     assert expected in message(recipe_file(text))
 
 
-def test_broken_json_is_an_error_with_its_line(recipe_file):
-    assert "recipe.json:2: not valid JSON" in message(recipe_file('{"seed": 1,\n"lora_r" 2}', "recipe.json"))
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"seed": 1,\n"lora_r" 2}', "recipe.json:2: not valid JSON"),
+        ('{"seed": ' + "9" * 5000 + "}", "recipe.json: not valid JSON (Exceeds the limit"),
+        ("[1, 2]", "recipe.json:1: expected `key: value` lines, found a list."),
+        ("\n", "recipe.json is empty"),
+        (
+            '{"seed": 1,\n"dataset_kwargs": {"a": [{"b": 1, "b": 2}]}}',
+            "recipe.json:2: dataset_kwargs: its key 'b' stands",
+        ),
+        ('{"columns": ' + "[" * 3000 + "]" * 3000 + "}", "recipe.json: its lists and mappings are nested too deep"),
+        ('{"' + "k" * 2000 + '": 1}', "recipe.json:1: unknown key 'kkk"),
+    ],
+)
+def test_broken_json_is_an_error_with_its_line(recipe_file, text, expected):
+    assert expected in message(recipe_file(text, "recipe.json"))
+
+
+def test_json_is_read_as_json(recipe_file):
+    """Not as YAML, which knows no DEL in a text, and colons and tabs in other places."""
+    text = '{"model_name_or_path": "m",\t"dataset"\n:\t"d.jsonl", "run_name": "a\x7fb: #c\\t", "seed"\t:7 }\n'
+    found = load_recipe(recipe_file(text, "recipe.json")).training
+    assert found == {"run_name": "a\x7fb: #c\t", "seed": 7}
 
 
 def test_a_recipe_that_does_not_exist_names_the_nearest(recipe_file):
@@ -96,6 +122,7 @@ def test_a_flag_takes_several_words_where_a_list_fits():
     ("flags", "expected"),
     [
         ("--lora_r", "--lora_r: expected a whole number after it, found nothing."),
+        (f"--seed {'9' * 5000}", "--seed: expected a whole number"),
         ("--seed 1 --seed 2", "--seed is given twice, as 1 and as 2."),
         ("--seed 1 other.yaml", "--seed takes one value, got '1 other.yaml'. The recipe comes first"),
         ("stray --seed 1", "'stray' is not a flag."),

@@ -1,7 +1,8 @@
 """A recipe file, a dict and command-line words → `Given`s, each with its line or flag. Nothing is converted yet."""
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tunesmith.lookup import did_you_mean
 from tunesmith.recipe.given import FILE, FLAG, PYTHON, Given, Problems
 from tunesmith.recipe.names import annotation_of
 from tunesmith.recipe.schema import kinds, takes, wanted
-from tunesmith.recipe.yaml12 import Loader, repeated, scalar
+from tunesmith.recipe.yaml12 import Loader, scalar
 
 
 def read_file(path: Path, problems: Problems) -> list[Given]:
@@ -33,15 +34,18 @@ def read_file(path: Path, problems: Problems) -> list[Given]:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: the file is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
-    return reader(text, path, problems)
+    try:
+        return without_repeats(reader(text, path), problems)
+    except RecursionError:
+        raise ConfigError(f"{path}: its lists and mappings are nested too deep to be read. Write fewer.") from None
 
 
-def read_yaml(text: str, path: Path, problems: Problems) -> list[Given]:
-    """The keys of a YAML recipe; duplicates become problems that name both lines."""
+def read_yaml(text: str, path: Path) -> list[Given]:
+    """The keys of a YAML recipe."""
     try:
         loader = Loader(text)
         node = mapping_node(loader.get_single_node(), path)
-        found = [
+        return [
             Given(
                 str(key.value),
                 loader.construct_object(value, deep=True),
@@ -54,23 +58,49 @@ def read_yaml(text: str, path: Path, problems: Problems) -> list[Given]:
         ]
     except yaml.YAMLError as error:
         raise yaml_error(error, text, path) from error
-    return without_repeats(found, node, problems)
 
 
-def read_json(text: str, path: Path, problems: Problems) -> list[Given]:
-    """The keys of a JSON recipe. Lines come from the YAML reader, values from the JSON one."""
+def read_json(text: str, path: Path) -> list[Given]:
+    """The keys of a JSON recipe."""
     try:
-        values = json.loads(text)
+        values = json.loads(text) if text.strip() else None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno}).") from error
-    # JSON is YAML once tabs between its tokens are spaces; inside its strings tabs cannot stand
-    node = mapping_node(Loader(text.replace("\t", " ")).get_single_node(), path)
-    lines = [(key.value, key.start_mark.line + 1) for key, _ in node.value]
-    found = [Given(key, values[key], f"{path}:{line}", FILE, line) for key, line in lines]
-    return without_repeats(found, node, problems)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise no_mapping(path, 1, values)
+    return [Given(key, value, f"{path}:{line}", FILE, line) for key, value, line in json_items(text, path)]
 
 
-READERS: dict[str, Callable[[str, Path, Problems], list[Given]]] = {
+def json_items(text: str, path: Path) -> Iterable[tuple[str, Any, int]]:
+    """Keys, values and lines of the object in valid JSON, keys that stand twice included."""
+    decode = json.JSONDecoder(object_pairs_hook=without_doubles).raw_decode
+    position = SPACE.match(text, text.index("{") + 1).end()
+    while text[position] != "}":
+        line = text.count("\n", 0, position) + 1
+        key, end = decode(text, position)
+        try:
+            value, end = decode(text, SPACE.match(text, text.index(":", end) + 1).end())
+        except ValueError as error:
+            raise ConfigError(f"{path}:{line}: {key}: {error}") from None
+        yield key, value, line
+        position = SPACE.match(text, end).end()
+        position = SPACE.match(text, position + (text[position] == ",")).end()
+
+
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; raises ValueError where one of its keys stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        again = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"its key '{again}' stands there twice. Keep one.")
+    return found
+
+
+SPACE = re.compile(r"\s*")
+READERS: dict[str, Callable[[str, Path], list[Given]]] = {
     ".yaml": read_yaml,
     ".yml": read_yaml,
     ".json": read_json,
@@ -79,22 +109,28 @@ READERS: dict[str, Callable[[str, Path, Problems], list[Given]]] = {
 
 def mapping_node(node: yaml.Node | None, path: Path) -> yaml.MappingNode:
     """The top of the document, which must be `key: value` lines."""
-    if node is None:
-        raise ConfigError(f"{path} is empty. Write at least model_name_or_path and dataset.")
     if not isinstance(node, yaml.MappingNode):
-        kind = "a list" if isinstance(node, yaml.SequenceNode) else "plain text"
-        raise ConfigError(f"{path}:{node.start_mark.line + 1}: expected `key: value` lines, found {kind}.")
+        kind = None if node is None else [] if isinstance(node, yaml.SequenceNode) else ""
+        raise no_mapping(path, 1 if node is None else node.start_mark.line + 1, kind)
     return node
 
 
-def without_repeats(found: list[Given], node: yaml.MappingNode, problems: Problems) -> list[Given]:
+def no_mapping(path: Path, line: int, value: Any) -> ConfigError:
+    """What to say of a recipe that holds anything but keys and values."""
+    if value is None:
+        return ConfigError(f"{path} is empty. Write at least model_name_or_path and dataset.")
+    kind = "a list" if isinstance(value, list) else "plain text"
+    return ConfigError(f"{path}:{line}: expected `key: value` lines, found {kind}.")
+
+
+def without_repeats(found: list[Given], problems: Problems) -> list[Given]:
     """`found` with each key once; the second of two is reported with both lines."""
-    again = {mark.line + 1: (key, first) for key, first, mark in repeated(node)}
+    first: dict[str, Given] = {}
     for item in found:
-        if item.line in again and again[item.line][0] == item.spelled:
-            key, first = again[item.line]
-            problems.add(item, f"{item.where}: key '{key}' is on line {first} and again on line {item.line}.", key)
-    return list({item.spelled: item for item in reversed(found)}.values())[::-1]
+        if (known := first.setdefault(item.spelled, item)) is not item:
+            lines = f"on line {known.line} and again on line {item.line}"
+            problems.add(item, f"{item.where}: key '{item.spelled}' is {lines}.", item.spelled)
+    return list(first.values())
 
 
 def yaml_error(error: yaml.YAMLError, text: str, path: Path) -> ConfigError:

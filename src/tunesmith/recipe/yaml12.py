@@ -18,6 +18,16 @@ class Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is on line {first} and again", line)
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """As PyYAML, but a tag that does not fit its value (`!!int abc`) is an error of YAML with its line."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, AttributeError) as error:
+            tag = f"!!{node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the value is not what its tag {tag} says", node.start_mark
+            ) from error
+
 
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -47,13 +57,16 @@ def scalar(text: str) -> Any:
     """The value of a plain YAML scalar: a flag's word means what it means in a recipe."""
     loader = Loader("")
     node = yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text)
-    return loader.construct_object(node)
+    try:
+        return loader.construct_object(node)
+    except yaml.YAMLError:  # thousands of digits
+        return text
 
 
 def inline(text: str) -> Any:
     """A list or mapping written on one line, as YAML or JSON."""
     try:
         return Loader(text).get_single_data()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         problem = getattr(error, "problem", None) or str(error)
         raise ValueError(f"expected a YAML list or mapping, got {text!r} ({problem}).") from None
