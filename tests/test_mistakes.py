@@ -8,14 +8,9 @@ import pytest
 import yaml
 
 from tests import tiny
-from tests.workplace import PAIRS, call, write_recipe, write_rows
+from tests.workplace import PAIRS, call, said, write_recipe, write_rows
 
 NEEDED = "model_name_or_path: model\ndataset: train.jsonl\n"
-
-
-def said(output: str) -> str:
-    """The last line, which is the error's."""
-    return output.splitlines()[-1]
 
 
 # ---- the recipe ----------------------------------------------------------------------------------------------------

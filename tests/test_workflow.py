@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from tests.workplace import call, said, write_recipe
+from tests.test_mistakes import said
+from tests.workplace import call, write_recipe
 from tunesmith.data.prepare import as_dataset
 from tunesmith.runs import read_metrics, read_status
 from tunesmith.workflow import run
@@ -115,6 +116,16 @@ def test_answers_are_not_written_over_others_that_nobody_named(workplace):
         output = call("predict", "model", *how, "--output", name, code=2)
         assert f"--output: {name} is there, and holds no answers of predict. Name another file." in said(output)
         assert (workplace / name).read_text() == before
+
+
+def test_what_to_type_next_can_be_typed(workplace):
+    output = call("train", "recipe.yaml", "--max_steps", "1", "--output_dir", "my run", "--compare_rows", "0")
+    assert said(output).endswith("tunesmith chat 'my run'")
+
+
+def test_vllm_is_given_no_file_that_nobody_would_write(workplace):
+    output = call("export", "model", "out.gguf", "--to", "vllm", code=2)
+    assert "--to vllm prints a command and writes no file. Leave out out.gguf." in said(output)
 
 
 def test_merge_says_which_folders_of_a_recipe_it_takes(workplace):

@@ -72,6 +72,8 @@ def export(recipe: Recipe, output: Path | None, *, to: str, kind: str, name: str
     refuse_to_talk(recipe)
     console = Console()
     if to == "vllm":
+        if output is not None:
+            raise ConfigError(f"--to vllm prints a command and writes no file. Leave out {output}.")
         command = vllm_command(last_folder(recipe))
         console.out(command, highlight=False)
         return command

@@ -7,8 +7,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from tests.tiny import make_tiny_model
 from tunesmith.deliver import chat as chatting
 from tunesmith.deliver.chat import chat
+from tunesmith.errors import DataError, TemplateError
 from tunesmith.evaluate.generate import encode_prompt, generate_texts
 
 SHORT = {"max_new_tokens": 6}
@@ -32,6 +34,11 @@ def typed(*lines):
 @pytest.fixture
 def pipe():
     return Console(file=io.StringIO(), width=20)
+
+
+@pytest.fixture
+def terminal():
+    return Console(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
 
 
 def test_in_a_pipe_answers_are_all_that_is_written(tiny_model, byte_tokenizer, pipe):
@@ -102,20 +109,39 @@ def test_an_error_in_the_model_is_raised_and_not_waited_for(tiny_model, byte_tok
         chat(tiny_model, byte_tokenizer, decoding=SHORT, console=pipe, read_line=typed("a"))
 
 
-def test_a_turn_that_the_template_refuses_is_told_and_forgotten(tiny_model, byte_tokenizer, pipe):
-    template = (
-        "{% if messages[0].content == 'bad' %}{{ raise_exception('not this') }}{% endif %}{{ messages[0].content }}"
-    )
-    messages = chat(
-        tiny_model,
-        byte_tokenizer,
-        decoding=SHORT,
-        chat_template=template,
-        console=pipe,
-        read_line=typed("bad", "good"),
-    )
+PICKY = "{% if messages[0].content == 'bad' %}{{ raise_exception('not this') }}{% endif %}{{ messages[0].content }}"
+
+
+def test_a_turn_that_the_template_refuses_is_told_and_forgotten(tiny_model, byte_tokenizer, terminal):
+    how = {"decoding": SHORT, "chat_template": PICKY, "console": terminal}
+    messages = chat(tiny_model, byte_tokenizer, **how, read_line=typed("bad", "good"))
     assert [message["content"] for message in messages][:1] == ["good"]
-    assert "not this" in " ".join(pipe.file.getvalue().split())
+    assert "not this" in terminal.file.getvalue()
+
+
+def test_in_a_pipe_it_ends_there_with_the_error(tiny_model, byte_tokenizer, pipe):
+    how = {"decoding": SHORT, "chat_template": PICKY, "console": pipe}
+    with pytest.raises(TemplateError, match="not this"):
+        chat(tiny_model, byte_tokenizer, **how, read_line=typed("bad", "good"))
+    assert pipe.file.getvalue() == ""
+
+
+def test_a_conversation_longer_than_the_model_reads_is_told(byte_tokenizer, terminal, monkeypatch):
+    model, rooms = make_tiny_model(max_position_embeddings=64), []
+    generate = model.generate
+    keep = lambda **given: rooms.append(given["generation_config"].max_new_tokens) or generate(**given)  # noqa: E731
+    monkeypatch.setattr(model, "generate", keep)
+    how = {"decoding": {"max_new_tokens": 100}, "console": terminal}
+    messages = chat(model, byte_tokenizer, **how, read_line=typed("a" * 99, "b"))
+    assert "with its answer the model reads 64 at most. /reset begins anew." in terminal.file.getvalue()
+    assert messages[0]["content"] == "b"
+    assert rooms == [64 - len(encode_prompt(byte_tokenizer, messages[:1]).input_ids)]
+
+
+def test_bytes_that_are_no_text_are_said(tiny_model, byte_tokenizer, pipe):
+    line = b"caf\xe9".decode("utf-8", "surrogateescape")
+    with pytest.raises(DataError, match="the line holds bytes that are no UTF-8 text"):
+        chat(tiny_model, byte_tokenizer, decoding=SHORT, console=pipe, read_line=typed(line))
 
 
 def test_training_mode_comes_back(tiny_model, byte_tokenizer, pipe):

@@ -19,6 +19,7 @@ from tunesmith.config import DecodingConfig
 from tunesmith.data.render import Rendered
 from tunesmith.evaluate.generate import (
     answering,
+    context_length,
     decoding_options,
     encode_prompt,
     encode_rendered,
@@ -92,6 +93,11 @@ class Writer:
         """A text to be continued, as plain-text training begins one."""
         with self.tokenizer_lock:
             return encode_rendered(self.tokenizer, Rendered(text, [], add_bos=True)).input_ids
+
+    def room(self, input_ids: Sequence[int], decoding: Mapping[str, Any] | None = None) -> int:
+        """New tokens that `max_new_tokens` and the model's positions allow after a prompt; below 1, no answer."""
+        most, limit = (decoding or self.decoding)["max_new_tokens"], context_length(self.model)
+        return most if limit is None else min(most, limit - len(input_ids))
 
     def write(self, asked: Asked, say: Callable[[str], None], stopped: Callable[[], bool] = lambda: False) -> Written:
         """Answer; `say` gets each piece of text as it is written, `stopped` is asked after each token."""

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from tunesmith.config import DecodingConfig
 from tunesmith.deliver.answer import Asked, Writer
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import DataError, TunesmithError
+from tunesmith.evaluate.generate import context_length
 from tunesmith.evaluate.predict import printable
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def chat(
         read_line: next line of the person, EOFError at the end. None: standard input, with a prompt on a terminal.
 
     Returns: the conversation as it stood at the end.
+    Raises: TunesmithError for a line that cannot be asked, if it did not come from a terminal, where it is said.
     """
     console = console or Console()
     read_line = read_line or _reader(console)
@@ -94,6 +96,8 @@ def _turn(writer: Writer, messages: list[dict[str, str]], line: str, console: Co
     try:
         answer = _write_answer(writer, asked, console)
     except TunesmithError as error:  # e.g. a template without system messages: say it, and go on talking
+        if not console.is_terminal:
+            raise
         console.print(str(error), style="red", highlight=False, markup=False)
         return messages
     if not answer:  # stopped before its first word, or the model had nothing to say
@@ -104,6 +108,7 @@ def _turn(writer: Writer, messages: list[dict[str, str]], line: str, console: Co
 
 def _write_answer(writer: Writer, messages: list[dict[str, str]], console: Console) -> str:
     """Write the answer to the console as it comes. Ctrl-C ends it; what was written until then is the answer."""
+    asked = _asked(writer, messages)
     pieces: list[str] = []
 
     def say(piece: str) -> None:
@@ -112,11 +117,27 @@ def _write_answer(writer: Writer, messages: list[dict[str, str]], console: Conso
         console.file.flush()
 
     try:
-        writer.write(Asked(writer.encode(messages), writer.decoding), say)
+        writer.write(asked, say)
     except KeyboardInterrupt:
         console.out(" …", end="", highlight=False)
     console.out("", highlight=False)
     return "".join(pieces).strip()
+
+
+def _asked(writer: Writer, messages: list[dict[str, str]]) -> Asked:
+    """The conversation as tokens, and an answer's length that the model has positions for.
+
+    Raises: DataError where it has none left, and for bytes that are no text.
+    """
+    if any("\udc80" <= character <= "\udcff" for character in messages[-1]["content"]):
+        raise DataError("the line holds bytes that are no UTF-8 text. Send it as UTF-8.")
+    ids = writer.encode(messages)
+    if (room := writer.room(ids)) < 1:
+        raise DataError(
+            f"the conversation has {len(ids):,} tokens; with its answer the model reads "
+            f"{context_length(writer.model):,} at most. /reset begins anew."
+        )
+    return Asked(ids, {**writer.decoding, "max_new_tokens": room})
 
 
 def _reader(console: Console) -> Callable[[], str]:

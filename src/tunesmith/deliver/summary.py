@@ -1,6 +1,7 @@
 """What a person reads before and after training: the rows, the answers, the figures, and what to type next."""
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -70,7 +71,8 @@ def show_results(
         lines.append(f"{'answers:':12}{folder / PREDICTIONS_FILE}")
     lines.append(f"{'figures:':12}{folder / ALL_RESULTS_FILE}")
     if phases.train:
-        use = f"eval {folder} --eval_dataset FILE" if has_head(folder) else f"chat {folder}"
+        named = shlex.quote(str(folder))
+        use = f"eval {named} --eval_dataset FILE" if has_head(folder) else f"chat {named}"
         lines.append(f"{'next:':12}{own_command()} {use}")
     for line in lines:
         console.out(line, highlight=False)
@@ -166,7 +168,7 @@ def own_command() -> str:
     called = Path(sys.argv[0])
     if called.name != "tunesmith":
         return "python -m tunesmith"
-    return "tunesmith" if shutil.which("tunesmith") else os.path.relpath(called)
+    return "tunesmith" if shutil.which("tunesmith") else shlex.quote(os.path.relpath(called))
 
 
 def clock_text(seconds: float, hours: bool = False) -> str:

@@ -89,6 +89,16 @@ def is_missing_file(value: Any) -> bool:
     return isinstance(value, str) and value.endswith(".json") and not Path(value).is_file()
 
 
+def is_too_long(value: Any) -> bool:
+    """Whether a path has a name in it that no file system takes."""
+    return isinstance(value, str) and max(len(part.encode()) for part in value.split("/")) > 255
+
+
+def bad_pairs(value: Any) -> bool:
+    """Whether a text is anything but `name=value`, several of them with commas between."""
+    return isinstance(value, str) and not all(part.partition("=")[1] for part in value.split(","))
+
+
 # ------------------------------------------------------------------------------------------ contradictions
 
 # Whatever the recipe is for: training, evaluation or prediction.
@@ -227,6 +237,31 @@ CONTRADICTIONS = [
         "deepspeed: there is no file {deepspeed}. Name DeepSpeed's JSON, or write its mapping here.",
     ),
     Rule(
+        ("accelerator_config",),
+        lambda v, given: is_missing_file(v["accelerator_config"]),
+        "accelerator_config: there is no file {accelerator_config}. Name its JSON, or write its mapping here.",
+    ),
+    Rule(
+        ("fsdp_config",),
+        lambda v, given: is_missing_file(v["fsdp_config"]),
+        "fsdp_config: there is no file {fsdp_config}. Name its JSON, or write its mapping here.",
+    ),
+    Rule(
+        ("optim_args",),
+        lambda v, given: v["optim_args"] and bad_pairs(v["optim_args"]),
+        "optim_args: expected name=value, several with commas between, got {optim_args}.",
+    ),
+    Rule(
+        ("output_dir",),
+        lambda v, given: is_too_long(v["output_dir"]),
+        "output_dir: no file system takes a name of more than 255 bytes. Shorten it.",
+    ),
+    Rule(
+        ("model_name_or_path",),
+        lambda v, given: is_too_long(v["model_name_or_path"]),
+        "model_name_or_path: no folder and no Hub id has a name of more than 255 bytes. Shorten it.",
+    ),
+    Rule(
         ("bnb_4bit_quant_type", "use_bnb_nested_quant", "load_in_4bit"),
         lambda v, given: not v["load_in_4bit"] and gives_any(("bnb_4bit_quant_type", "use_bnb_nested_quant"), given),
         "4-bit options have no effect without load_in_4bit: true. Add it, or remove them.",
@@ -354,6 +389,11 @@ TRAINING = [
         ("compare_rows", "sample_rows", "eval_dataset", "val_size"),
         lambda v, given: (v["compare_rows"] or v["sample_rows"]) and not has_held_out(v),
         "compare_rows and sample_rows need held-out examples. Set eval_dataset or val_size.",
+    ),
+    Rule(
+        ("max_steps",),
+        lambda v, given: v["max_steps"] == 0,
+        "max_steps: 0 is no length of a run. Write -1 for whole epochs, or do_train: false to train nothing.",
     ),
     Rule(
         ("warmup_steps", "max_steps"),

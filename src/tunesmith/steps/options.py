@@ -16,6 +16,7 @@ from tunesmith.data.stream import FINISHED
 from tunesmith.errors import ConfigError
 from tunesmith.evaluate.generate import answer_decoding
 from tunesmith.lookup import did_you_mean
+from tunesmith.ranks import num_processes
 from tunesmith.recipe import Recipe, resolved
 from tunesmith.runs import Run
 from tunesmith.train.checkpoint import run_state_of
@@ -104,6 +105,7 @@ def check_installed(recipe: Recipe) -> None:
     check_allowed(recipe.training.get("resume_allow") or ())
     check_trackers(recipe.training.get("report_to"))
     check_deepspeed(recipe.training.get("deepspeed"))
+    check_fsdp(recipe.training.get("fsdp"))
 
 
 def precision_of(checkpoint: Path) -> dict[str, bool]:
@@ -131,6 +133,15 @@ def check_deepspeed(deepspeed: Any) -> None:
     """Raise ConfigError for a configuration of DeepSpeed where it is not installed."""
     if deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("deepspeed: DeepSpeed is not installed. Install it: pip install deepspeed; or remove this.")
+
+
+def check_fsdp(fsdp: Any) -> None:
+    """Raise ConfigError where a model is to be shared out and one process is all there is."""
+    if fsdp and num_processes() == 1:
+        raise ConfigError(
+            "fsdp: shares a model out over several processes, and there is one. Start the run with torchrun "
+            "--nproc_per_node and their number, or remove fsdp."
+        )
 
 
 def check_warmup(recipe: Recipe, trainer: Any) -> None:

@@ -111,16 +111,15 @@ class Api:
         if not ids:
             raise Refused(400, "The prompt has no tokens, so there is nothing to answer. Give it some text.")
         decoding = self.writer.decoding | question.decoding
-        limit = context_length(self.writer.model)
-        if limit is not None and len(ids) >= limit:
+        if (room := self.writer.room(ids, decoding)) < 1:
             raise Refused(
                 400,
-                f"The prompt has {len(ids):,} tokens; with its answer the model reads {limit:,} at most.",
+                f"The prompt has {len(ids):,} tokens; with its answer the model reads "
+                f"{context_length(self.writer.model):,} at most.",
                 param="messages" if question.prompt is None else "prompt",
                 code="context_length_exceeded",
             )
-        if limit is not None:
-            decoding["max_new_tokens"] = min(decoding["max_new_tokens"], limit - len(ids))
+        decoding["max_new_tokens"] = room
         return Asked(ids, decoding, question.stop, question.seed)
 
     async def _pieces(self, request: Request, asked: Asked) -> AsyncIterator[str | Written]:
