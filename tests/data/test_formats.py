@@ -119,6 +119,13 @@ def test_a_function_call_becomes_a_tool_call():
     assert made[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
 
+def test_functions_of_older_files_are_tools():
+    turns, function = [HI, HELLO], {"name": "f", "parameters": {}}
+    made = example({"messages": turns, "functions": [function]}, "messages")
+    assert made == {"messages": turns, "tools": [{"type": "function", "function": function}]}
+    assert example({"messages": turns, "functions": ["sort"]}, "messages") == {"messages": turns}
+
+
 @pytest.mark.parametrize("content", ["not json", '{"name": "f"}', "3", "[]"])
 def test_a_function_call_that_is_no_call_stays_text(content):
     turns = [{"from": "human", "value": "hi"}, {"from": "function_call", "value": content}]

@@ -63,7 +63,14 @@ def read_sharegpt(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_messages(value: dict[str, Any]) -> dict[str, Any]:
-    """Turns under `messages`, in the same shapes; content is a text or a list of text parts."""
+    """Turns under `messages`, in the same shapes; content is a text or a list of text parts.
+
+    OpenAI's older files have `functions` in place of `tools`.
+    """
+    functions = value.get("functions")
+    are_tools = isinstance(functions, list) and all(isinstance(one, dict) and "name" in one for one in functions)
+    if are_tools and not value.get("tools"):
+        value = {**value, "tools": functions}
     return _conversation(value, "messages")
 
 
@@ -228,7 +235,10 @@ def _contents(turns: list[dict[str, Any]]) -> list[Any]:
 # Where a row has the columns of several formats, the first that fits is taken.
 FORMATS: dict[str, Format] = {
     "messages": Format(
-        ("messages",), ("system", *OF_CHATS), read_messages, "turns as role and content, as in OpenAI's files"
+        ("messages",),
+        ("system", "functions", *OF_CHATS),
+        read_messages,
+        "turns as role and content, as in OpenAI's files",
     ),
     "sharegpt": Format(
         ("conversations",), ("system", *OF_CHATS), read_sharegpt, "turns as from and value: human, gpt, system, ..."
