@@ -148,7 +148,7 @@ def document_lengths(positions: Sequence[int]) -> list[int]:
 
 def whole_numbers(values: list, column: str) -> list[int]:
     """The numbers of a row as whole ones; other programs may have written them as floats."""
-    if all(type(value) is int for value in values):
+    if set(map(type, values)) <= {int}:
         return values
     for number, value in enumerate(values, 1):
         if not isinstance(value, Real) or not math.isfinite(value) or value != int(value):
@@ -162,10 +162,8 @@ def whole_numbers(values: list, column: str) -> list[int]:
 
 def _check_range(found: Mapping[str, list[int]], num_ids: int | None) -> None:
     limit = math.inf if num_ids is None else num_ids
-    for name in [name for name in ("input_ids", "labels") if name in found]:
-        strange = {id for id in set(found[name]) if not 0 <= id < limit} - (
-            {IGNORE_INDEX} if name == "labels" else set()
-        )
+    for name, ignored in (("input_ids", set()), ("labels", {IGNORE_INDEX})):
+        strange = {id for id in set(found.get(name, ())) - ignored if not 0 <= id < limit}
         if strange:
             number, id = next((number, id) for number, id in enumerate(found[name], 1) if id in strange)
             known = "from 0 on" if num_ids is None else f"from 0 to {num_ids - 1}"
