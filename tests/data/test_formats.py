@@ -158,6 +158,7 @@ ULTRAFEEDBACK = {"prompt": "hi", "prompt_id": "1f", "score_chosen": 8.0, "score_
     "messages": [HI, HELLO],
 }
 GPT = [{"from": "gpt", "value": text} for text in ("hello", "bye")]
+ASKED = {"from": "human", "value": "hi"}
 
 
 # workflow: P6
@@ -176,6 +177,7 @@ GPT = [{"from": "gpt", "value": text} for text in ("hello", "bye")]
         ({"chosen": [SYSTEM, HI, HELLO], "rejected": [SYSTEM, HI, BYE]}, PAIR | {"prompt": SHARED}),
         (ULTRAFEEDBACK, PAIR),
         ({"messages": [HI, HELLO], "chosen": [HI, HELLO], "rejected": [HI, BYE]}, PAIR),
+        ({"conversations": [ASKED, GPT[0]], "chosen": [ASKED, GPT[0]], "rejected": [ASKED, GPT[1]]}, PAIR),
         ({"prompt": "hi", "messages": [HI, HELLO], "chosen": "hello", "rejected": "bye"}, PAIR),
         ({"prompt": "hi", "chosen": [HI, HELLO], "rejected": [BYE]}, PAIR),
         ({"prompt": THREE, "chosen": "hello", "rejected": [*THREE, BYE]}, PAIR | {"prompt": THREE}),

@@ -12,6 +12,7 @@ from tunesmith.data.rows import RowError
 from tunesmith.lookup import did_you_mean
 
 INSTRUCTING = ("system", "developer")
+ASKING = ("user", "human")
 OF_CHATS = ("tools", "chat_template_kwargs")  # columns that any conversation may have
 
 
@@ -173,7 +174,7 @@ def _prompt_before_answers(value: Mapping[str, Any], chosen: list[dict[str, Any]
         if value.get(name) is None:
             continue
         turns = _prompt_turns(value[name], name)
-        if turns[-1].get("role") != "assistant" or turns[-len(chosen) :] != chosen:
+        if turns[-1].get("role") in ASKING or turns[-len(chosen) :] != chosen:
             return turns
     return alpaca_prompt(value) if "instruction" in value else []
 
@@ -209,7 +210,7 @@ def _answer_after(prompt: list[dict[str, Any]], turns: list[dict[str, Any]], nam
 
 def opens_conversation(turns: list[dict[str, Any]]) -> bool:
     """Whether turns are a conversation from its first turn, and no answer alone."""
-    return turns[0].get("role") in (*INSTRUCTING, "user", "human")
+    return turns[0].get("role") in (*INSTRUCTING, *ASKING)
 
 
 def common_beginning(
@@ -221,7 +222,7 @@ def common_beginning(
     begin = chosen[:common]
     if prompt and prompt != begin[: len(prompt)] and prompt[-1].get("content") not in _contents(begin):
         raise RowError("the prompt is not how 'chosen' and 'rejected' begin. Keep one of them.", "two-prompts")
-    if not any(turn.get("role") in ("user", "human") for turn in begin):
+    if not any(turn.get("role") in ASKING for turn in begin):
         raise RowError(
             "'chosen' and 'rejected' do not begin with the same turns. Pair answers to one prompt.", "no-prompt"
         )
