@@ -37,6 +37,11 @@ def write_recipe(path, **changes):
     path.write_text(yaml.safe_dump({key: value for key, value in options.items() if value is not None}))
 
 
+def said(output: str) -> str:
+    """The last line, which is the error's."""
+    return output.splitlines()[-1]
+
+
 def call(*words, code=0) -> str:
     """Output of a command that must end with `code`; a traceback fails the test."""
     result = CliRunner().invoke(app, list(words))
