@@ -92,6 +92,10 @@ def test_a_recipe_that_does_not_exist_names_the_nearest(recipe_file):
     assert "ends in .yaml, .yml, .json" in message(recipe_file(BASE, "recipe.toml"))
 
 
+def test_a_recipe_is_a_path_or_a_dict():
+    assert message(5) == "expected a recipe's path or a dict of options, got 5."
+
+
 # ---- flags
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,11 @@ def test_a_models_name_can_stand_first(model_folder, tmp_path):
     trainer = SFTTrainer(model_folder, train_dataset=token_rows(), args=config(tmp_path))
     assert trained(trainer) > 0
     assert trainer.processing_class.get_vocab() == make_byte_tokenizer().get_vocab()
+
+
+def test_a_models_folder_can_be_a_path(model_folder, tmp_path):
+    trainer = SFTTrainer(Path(model_folder), train_dataset=token_rows(), args=config(tmp_path))
+    assert trainer.model.config._name_or_path == str(model_folder)
 
 
 # trainer: A3

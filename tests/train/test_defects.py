@@ -248,6 +248,7 @@ def test_a_loss_of_ones_own_gets_a_row_for_each_example(byte_tokenizer, tmp_path
         ({"train_datset": []}, r"train_datset: there is no such argument. Did you mean 'train_dataset'\?"),
         ({"compute_metrics": "accuracy"}, "compute_metrics: expected a function, got 'accuracy'"),
         ({"callbacks": TrainerCallback()}, "callbacks: expected a list"),
+        ({"callbacks": [TrainerCallback, 5]}, "callbacks: expected TrainerCallbacks, got 5 among them"),
         ({"optimizers": None}, "optimizers: expected a pair"),
         ({"model": 5}, "model: expected a model, a folder or a Hub id, got int 5"),
         ({"model": torch.nn.Linear}, "model: expected a model, .* got the class"),
@@ -257,6 +258,20 @@ def test_wrong_arguments_say_what_was_meant(tiny_model, byte_tokenizer, tmp_path
     given = {"model": tiny_model, "train_dataset": CHATS, "processing_class": byte_tokenizer, **options}
     with pytest.raises(ConfigError, match=words):
         SFTTrainer(args=SFTConfig(output_dir=str(tmp_path), use_cpu=True), **given)
+
+
+def test_an_output_dir_that_is_a_file_is_refused_before_anything_is_trained(tiny_model, byte_tokenizer, tmp_path):
+    (tmp_path / "out").write_text("precious")
+    args = SFTConfig(output_dir=str(tmp_path / "out"), use_cpu=True)
+    with pytest.raises(ConfigError, match=r"output_dir: .*out is a file"):
+        SFTTrainer(tiny_model, args, train_dataset=CHATS, processing_class=byte_tokenizer)
+
+
+def test_only_a_folder_can_be_gone_on_from(tiny_model, byte_tokenizer, tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True)
+    trainer = SFTTrainer(tiny_model, args, train_dataset=CHATS, processing_class=byte_tokenizer)
+    with pytest.raises(ConfigError, match="resume_from_checkpoint: expected a checkpoint's folder or True, got 5"):
+        trainer.train(resume_from_checkpoint=5)
 
 
 def test_a_hook_of_the_reference_that_nothing_calls_is_an_error(tiny_model, byte_tokenizer, tmp_path):

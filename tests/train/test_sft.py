@@ -285,6 +285,20 @@ def test_two_trainers_in_one_process_do_not_disturb_each_other(make_tiny_model, 
         assert torch.equal(one.model.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_options_made_later_do_not_disturb_a_trainer(make_tiny_model, byte_tokenizer, tmp_path, bf16):
+    """They empty the state that all accelerators of a program share."""
+    alone = weights_after(make_tiny_model(), byte_tokenizer, token_rows(), tmp_path)
+    one = make_trainer(make_tiny_model(), byte_tokenizer, token_rows(), tmp_path, max_steps=3)
+    later = SFTConfig(output_dir=str(tmp_path / "later"), use_cpu=True, bf16=bf16)
+    one.evaluate(token_rows())
+    one.train()
+    two = SFTTrainer(make_tiny_model(), later, train_dataset=token_rows(), processing_class=byte_tokenizer)
+    assert two.accelerator.mixed_precision == ("bf16" if bf16 else "no")
+    for name, value in alone[1].items():
+        assert torch.equal(one.model.state_dict()[name], value), name
+
+
 def test_the_arguments_of_the_caller_stay_as_they_are(make_tiny_model, byte_tokenizer, tmp_path):
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True)
     trainer = SFTTrainer(make_tiny_model(), args, train_dataset=token_rows(), processing_class=byte_tokenizer)

@@ -40,7 +40,16 @@ __all__ = [
 ]
 
 SECRETS = ("hub_token", "hf_token")
-PATHS = ("dataset", "eval_dataset", "dataset_dir", "checkpoint_dir", "chat_template", "deepspeed")
+PATHS = (
+    "dataset",
+    "eval_dataset",
+    "dataset_dir",
+    "checkpoint_dir",
+    "chat_template",
+    "deepspeed",
+    "accelerator_config",
+    "fsdp_config",
+)
 PARTS: dict[str, type] = {"run": RunConfig, "model": ModelFields, "data": DataConfig, "decoding": DecodingConfig}
 
 
@@ -67,6 +76,8 @@ def load_recipe(
     if isinstance(path, str | Path):
         given += read_file(Path(path), problems)
     elif path is not None:
+        if not isinstance(path, Mapping):
+            raise ConfigError(f"expected a recipe's path or a dict of options, got {path!r}.")
         given += read_mapping(path, MAPPING)
     given += read_mapping(overrides or {}) + read_flags(flags or [], problems)
     chosen = settle(coerce_all(named(given, problems), problems), problems)

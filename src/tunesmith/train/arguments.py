@@ -1,6 +1,7 @@
 """What the trainer's constructor is given, checked before anything is loaded: each mistake with the way out."""
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
@@ -47,7 +48,7 @@ def explains_arguments(construct: Callable[..., None]) -> Callable[..., None]:
 def check_arguments(trainer: Any, given: Mapping[str, Any]) -> None:
     """Raise ConfigError for what cannot be used as the argument that it was given as, and for hooks nobody calls."""
     model = given["model"]
-    if not isinstance(model, nn.Module | str | None):
+    if not isinstance(model, nn.Module | str | os.PathLike | None):
         what = "the class" if isinstance(model, type) else type(model).__name__
         raise ConfigError(f"SFTTrainer: model: expected a model, a folder or a Hub id, got {what} {model!r}.")
     for name in FUNCTIONS:
@@ -55,6 +56,9 @@ def check_arguments(trainer: Any, given: Mapping[str, Any]) -> None:
             raise ConfigError(f"SFTTrainer: {name}: expected a function, got {given[name]!r}.")
     if not isinstance(given["callbacks"], list | tuple | None):
         raise ConfigError(f"SFTTrainer: callbacks: expected a list of them, got {given['callbacks']!r}.")
+    for callback in given["callbacks"] or ():
+        if not hasattr(callback, "on_train_begin"):
+            raise ConfigError(f"SFTTrainer: callbacks: expected TrainerCallbacks, got {callback!r} among them.")
     optimizers = given["optimizers"]
     if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
         raise ConfigError(

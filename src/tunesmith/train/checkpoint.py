@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel, Seq2SeqTrainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
@@ -34,8 +34,9 @@ from tunesmith.checkpoints import (
     staged,
     total_bytes,
 )
-from tunesmith.errors import CheckpointError
+from tunesmith.errors import CheckpointError, ConfigError
 from tunesmith.ranks import first_decides
+from tunesmith.train.accelerator import OwnAccelerator
 from tunesmith.train.contract import check_allowed, compare, terms
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ SCHEDULE_TERMS = {"learning_rate", "schedule", "length"}
 GROUP_SETTINGS = ("weight_decay", "betas", "eps", "momentum")
 
 
-class CheckpointTrainer(Seq2SeqTrainer):
+class CheckpointTrainer(OwnAccelerator):
     """Saves in one rename, resumes bit for bit or says why not.
 
     Attributes:
@@ -102,6 +103,8 @@ class CheckpointTrainer(Seq2SeqTrainer):
         if asked is None or asked is False:
             return None
         if asked is not True:
+            if not isinstance(asked, str | os.PathLike):
+                raise ConfigError(f"resume_from_checkpoint: expected a checkpoint's folder or True, got {asked!r}.")
             return first_decides(lambda: named_checkpoint(Path(asked), self.verified), use_cpu=self.args.use_cpu)
         found = first_decides(lambda: newest_checkpoint(self.args.output_dir), use_cpu=self.args.use_cpu)
         self.skipped_checkpoints = found.skipped

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -365,7 +366,7 @@ def parts_of(model: nn.Module | str, args: SFTConfig, quantization_config: Any) 
     """The language model that is given or named, and its value head, if it has one."""
     if isinstance(model, RewardModel):
         return model.base, model.v_head
-    head = read_head(model) if isinstance(model, str) and has_head(model) else None
+    head = read_head(model) if isinstance(model, str | os.PathLike) and has_head(model) else None
     return named_model(model, args, quantization_config), head
 
 

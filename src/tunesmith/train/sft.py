@@ -1,6 +1,7 @@
 """SFTTrainer: rows in any known format and a causal language model go in, a trained model comes out."""
 
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -94,7 +95,7 @@ class SFTTrainer(GeneratingTrainer):
     @explains_arguments
     def __init__(
         self,
-        model: nn.Module | str | None = None,
+        model: nn.Module | str | os.PathLike | None = None,
         args: SFTConfig | None = None,
         data_collator: Callable | None = None,
         train_dataset: Any = None,
@@ -427,6 +428,8 @@ def checked_args(args: Any, optimizers: tuple, optimizer_cls_and_kwargs: tuple |
     """
     args = modernized(as_sft_config(args))
     loss_kind(args.loss_type, args.label_smoothing_factor)
+    if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
+        raise ConfigError(f"output_dir: {args.output_dir} is a file. Name a folder.")
     if args.use_liger_kernel:
         check_liger(args.liger_kernel_config)
     if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:

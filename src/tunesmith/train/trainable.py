@@ -1,5 +1,6 @@
 """What the trainer is given for a model becomes one that trains: loaded, quantized, prepared, with its adapter."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +15,17 @@ from tunesmith.model.quantize import is_quantized, keep_differentiable, keep_sca
 from tunesmith.train.options import SFTConfig, loading
 
 
-def named_model(model: nn.Module | str | None, args: SFTConfig, quantization_config: Any = None) -> nn.Module:
+def named_model(
+    model: nn.Module | str | os.PathLike | None, args: SFTConfig, quantization_config: Any = None
+) -> nn.Module:
     """The model itself, or the one that its name stands for.
 
     Raises: ConfigError for none, or for options of `from_pretrained` beside a model that exists already.
     """
     if model is None:
         raise ConfigError("SFTTrainer: model is missing. Give a model, a folder or a Hub id.")
-    if isinstance(model, str):
-        return load_any(model, trainable_adapter=True, **named_options(args, quantization_config))
+    if isinstance(model, str | os.PathLike):
+        return load_any(os.fspath(model), trainable_adapter=True, **named_options(args, quantization_config))
     if quantization_config is not None:
         raise ConfigError("quantization_config is for a model given by name. Give it to from_pretrained instead.")
     if given := args.model_init_kwargs:
