@@ -118,6 +118,27 @@ def test_answers_are_not_written_over_others_that_nobody_named(workplace):
         assert (workplace / name).read_text() == before
 
 
+def test_check_looks_at_data_without_weights_and_says_so(workplace):
+    (workplace / "model" / "model.safetensors").unlink()
+    output = call("check", "recipe.yaml")
+    assert "model holds no weights: enough for this report, not for training" in output
+    assert "16 rows read" in output
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("spda", "attn_implementation: there is no 'spda'. Did you mean 'sdpa'?"),
+        ("evil/kernels", "attn_implementation: evil/kernels is code on the Hub. Add --trust_remote_code true"),
+    ],
+)
+def test_attention_that_does_not_exist_or_runs_code_is_refused(workplace, command, name, expected):
+    output = call(command, "recipe.yaml", "--attn_implementation", name, code=2)
+    assert expected in said(output)
+    assert "rows read" not in output
+
+
 def test_what_to_type_next_can_be_typed(workplace):
     output = call("train", "recipe.yaml", "--max_steps", "1", "--output_dir", "my run", "--compare_rows", "0")
     assert said(output).endswith("tunesmith chat 'my run'")

@@ -22,6 +22,7 @@ from tunesmith.evaluate.predict import comparisons, prefixed
 from tunesmith.lock import locked
 from tunesmith.model.capabilities import bf16_is_faster
 from tunesmith.model.compiled import compiler
+from tunesmith.model.load import lacks_weights
 from tunesmith.model.saved import save_arguments
 from tunesmith.ranks import first_decides, is_first_process, join_processes
 from tunesmith.recipe import Recipe, load_recipe, phases
@@ -358,6 +359,8 @@ def check(recipe: Recipe, rows: int = 3, *, as_json: bool = False) -> Prepared:
     tell(recipe.notes, None, console)
     tokenizer = tokenizer_of(recipe)
     check_installed(recipe)
+    if lacks_weights(name := str(recipe.model.model_name_or_path)):
+        tell([f"{name} holds no weights: enough for this report, not for training"], None, console)
     data = prepare_data(recipe, tokenizer)
     stream = data.train
     if recipe.data.streaming and stream is not None:

@@ -8,7 +8,7 @@ from tests import tiny
 from tests.templates import CHATML, GEMMA, MISTRAL
 from tunesmith.data.render import Rendered, Span, drop_oldest_turns, render, render_prompt
 from tunesmith.data.rows import RowError
-from tunesmith.errors import TemplateError
+from tunesmith.errors import ConfigError, TemplateError
 
 HI = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
 TOOLS = [
@@ -364,3 +364,8 @@ def test_variables_of_the_template_are_text_and_reach_training_and_prompt_alike(
     prompt = render_prompt(messages[:1], byte_tokenizer, chat_template=MOODY, chat_template_kwargs=kwargs)
     assert rendered.text.startswith(prompt.text)
     assert prompt.text == "calm<|im_end|>[?]["
+
+
+def test_what_the_renderer_sets_is_no_variable_of_the_template(byte_tokenizer):
+    with pytest.raises(ConfigError, match="chat_template_kwargs: tokenize is set by tunesmith"):
+        render_prompt([{"role": "user", "content": "?"}], byte_tokenizer, chat_template_kwargs={"tokenize": True})

@@ -16,6 +16,7 @@ pytest.importorskip("starlette", reason="needs the extra serve")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 httpx = pytest.importorskip("httpx", reason="starlette's test client needs httpx")
 
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from tunesmith.deliver import answer
@@ -23,7 +24,7 @@ from tunesmith.deliver.answer import Writer, Written
 from tunesmith.deliver.web import access
 from tunesmith.deliver.web import serve as serving
 from tunesmith.deliver.web.api import create_api
-from tunesmith.deliver.web.app import BODY_LIMIT, PAGES
+from tunesmith.deliver.web.app import BODY_LIMIT, PAGES, json_body
 from tunesmith.errors import ConfigError
 from tunesmith.evaluate.generate import encode_prompt, generate_texts
 
@@ -76,6 +77,15 @@ def canned(monkeypatch, *pieces):
 
 
 # ---------------------------------------------------------------------------------------------------- answers
+
+
+def test_a_client_that_leaves_amid_its_body_is_no_failure_of_the_server():
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    request = Request({"type": "http", "headers": [(b"content-type", b"application/json")]}, receive)
+    with pytest.raises(access.Refused, match="The client left before its body was whole"):
+        asyncio.run(json_body(request))
 
 
 # workflow: W8

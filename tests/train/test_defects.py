@@ -274,6 +274,16 @@ def test_only_a_folder_can_be_gone_on_from(tiny_model, byte_tokenizer, tmp_path)
         trainer.train(resume_from_checkpoint=5)
 
 
+def test_a_hub_that_does_not_take_the_model_is_said_before_training(tiny_model, byte_tokenizer, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", refuse)
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, push_to_hub=True, hub_model_id="me/mine")
+    with pytest.raises(ConfigError, match=r"push_to_hub: the Hub does not take me/mine: no network\. Log in"):
+        SFTTrainer(tiny_model, args, train_dataset=CHATS, processing_class=byte_tokenizer)
+
+
 def test_a_hook_of_the_reference_that_nothing_calls_is_an_error(tiny_model, byte_tokenizer, tmp_path):
     class Own(SFTTrainer):
         def _prepare_dataset(self, dataset, *args):

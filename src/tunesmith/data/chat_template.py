@@ -8,9 +8,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from tunesmith.data.formats import INSTRUCTING
+from tunesmith.data.formats import INSTRUCTING, OWN_ARGUMENTS
 from tunesmith.data.report import place
-from tunesmith.errors import TemplateError
+from tunesmith.errors import ConfigError, TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +60,12 @@ class Chat:
         where: str,
         kwargs: Mapping[str, Any] | None = None,
     ) -> "Chat":
-        """The tokenizer's template, or `chat_template`; `where` begins every error."""
+        """The tokenizer's template, or `chat_template`; `where` begins every error.
+
+        Raises: ConfigError for `kwargs` that are not the template's to know; TemplateError without a template.
+        """
+        if ours := sorted(OWN_ARGUMENTS & (kwargs or {}).keys()):
+            raise ConfigError(f"chat_template_kwargs: {', '.join(ours)} is set by tunesmith itself. Leave it out.")
         tools = tools or None
         if not (chat_template or tokenizer.chat_template):
             raise refusal(

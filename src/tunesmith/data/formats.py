@@ -14,6 +14,11 @@ from tunesmith.lookup import did_you_mean
 INSTRUCTING = ("system", "developer")
 ASKING = ("user", "human")
 OF_CHATS = ("tools", "chat_template_kwargs")  # columns that any conversation may have
+# Arguments of apply_chat_template that the renderer sets itself.
+OWN_ARGUMENTS = {
+    *("add_generation_prompt", "chat_template", "continue_final_message", "conversation"),
+    *("return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "tools"),
+}
 
 
 class Format(NamedTuple):

@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypedDict
 
-from tunesmith.data.formats import FORMATS, INSTRUCTING, column, columns_of, kind_of, no_text, renamed, turns_of
+from tunesmith.data.formats import (
+    FORMATS,
+    INSTRUCTING,
+    OWN_ARGUMENTS,
+    column,
+    columns_of,
+    kind_of,
+    no_text,
+    renamed,
+    turns_of,
+)
 from tunesmith.data.report import visible
 from tunesmith.data.rows import Row, RowError
 from tunesmith.errors import ConfigError
@@ -71,18 +81,6 @@ ALIASES = {"loss": "train", "loss_weight": "weight"}  # keys of a turn, as ms-sw
 TURN_KEYS = {*Message.__annotations__, "name", "tool_call_id", "reasoning_content", "reasoning", "thinking"}
 CALLS = ("tool_calls", "function_call")
 ANSWERS = ("output", "completion")  # columns that a row without an answer lacks
-# Arguments of apply_chat_template that the renderer sets itself.
-OWN_ARGUMENTS = {
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "conversation",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "tokenize",
-    "tools",
-}
 
 
 def normalize(

@@ -276,6 +276,13 @@ def check_folder(name: str, gguf_file: str | None = None) -> None:
         read_json(folder / "config.json", "Copy or download it again.")  # transformers blames the tokenizer
 
 
+def lacks_weights(name: str) -> bool:
+    """Whether a model's folder holds none: enough for looking at data, not for training."""
+    folder = Path(name).expanduser()
+    files = (folder / ADAPTER_CONFIG, *folder.glob("*.safetensors"), *folder.glob("*.gguf"))
+    return (folder / "config.json").is_file() and not any(file.exists() for file in files)
+
+
 def listing(folder: Path) -> str:
     """The first few names in a folder, for a message."""
     if not folder.is_dir():

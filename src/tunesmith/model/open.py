@@ -8,9 +8,12 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.config import ModelFields
 from tunesmith.errors import ConfigError
+from tunesmith.lookup import did_you_mean
+from tunesmith.model import attention
 from tunesmith.model.adapt import adapt
 from tunesmith.model.chain import (
     ADAPTER_CONFIG,
@@ -239,12 +242,32 @@ def hub_options(options: ModelFields) -> dict[str, Any]:
     return found | {name: value for name, value in given.items() if value is not None}
 
 
+def checked_attention(options: ModelFields) -> str | None:
+    """`attn_implementation`; raises ConfigError for a name that transformers does not know.
+
+    It takes `owner/name` as well, and runs what lies there on the Hub: not for a recipe, which may be anybody's.
+    """
+    name = options.attn_implementation
+    known = sorted({"eager", *ALL_ATTENTION_FUNCTIONS} - {attention.NAME})
+    if name is None or name in known or (options.trust_remote_code and "/" in name):
+        return name
+    if "/" in name:
+        raise ConfigError(
+            f"attn_implementation: {name} is code on the Hub. Add --trust_remote_code true if you trust it, or leave "
+            "this out."
+        )
+    raise ConfigError(
+        f"attn_implementation: there is no '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)}. Leave it "
+        "out for the model's default."
+    )
+
+
 def load_options(
     options: ModelFields, start: Start, *, max_length: int | None, training: bool, say: Say
 ) -> dict[str, Any]:
     """Arguments of `load_model` beside type and bits; a config only where positions are not the checkpoint's own."""
     found = {
-        "attn_implementation": options.attn_implementation,
+        "attn_implementation": checked_attention(options),
         "gguf_file": options.gguf_file,
         **hub_options(options),
     }

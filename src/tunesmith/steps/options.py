@@ -16,6 +16,7 @@ from tunesmith.data.stream import FINISHED
 from tunesmith.errors import ConfigError
 from tunesmith.evaluate.generate import answer_decoding
 from tunesmith.lookup import did_you_mean
+from tunesmith.model.open import checked_attention
 from tunesmith.ranks import num_processes
 from tunesmith.recipe import Recipe, resolved
 from tunesmith.runs import Run
@@ -104,6 +105,7 @@ def check_installed(recipe: Recipe) -> None:
     """Raise ConfigError for options whose words or packages are not there; known before any row is read."""
     check_allowed(recipe.training.get("resume_allow") or ())
     check_trackers(recipe.training.get("report_to"))
+    checked_attention(recipe.model)
     check_deepspeed(recipe.training.get("deepspeed"))
     check_fsdp(recipe.training.get("fsdp"))
 

@@ -35,6 +35,7 @@ from tunesmith.checkpoints import (
     total_bytes,
 )
 from tunesmith.errors import CheckpointError, ConfigError
+from tunesmith.model.load import first_line
 from tunesmith.ranks import first_decides
 from tunesmith.train.accelerator import OwnAccelerator
 from tunesmith.train.contract import check_allowed, compare, terms
@@ -132,6 +133,17 @@ class CheckpointTrainer(OwnAccelerator):
         return self._terms
 
     # ---- saving --------------------------------------------------------------------------------------------------
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers', when the trainer is made. Raises: ConfigError where the Hub is not reached, or refuses."""
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:  # of huggingface_hub, its HTTP client, or the network
+            raise ConfigError(
+                f"push_to_hub: the Hub does not take {self.args.hub_model_id or Path(self.args.output_dir).name}: "
+                f"{first_line(error)}. Log in (hf auth login), or leave push_to_hub out and send the folder "
+                "afterwards: hf upload NAME FOLDER."
+            ) from error
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write, seal and publish `checkpoint-<step>`; the oldest go once it is there."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
@@ -64,11 +64,14 @@ async def json_body(request: Request) -> dict[str, Any]:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "Send the body as 'Content-Type: application/json'.")
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > BODY_LIMIT:
-            raise Refused(413, f"The body is over the limit of {BODY_LIMIT:,} bytes.")
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > BODY_LIMIT:
+                raise Refused(413, f"The body is over the limit of {BODY_LIMIT:,} bytes.")
+            parts.append(part)
+    except ClientDisconnect:
+        raise Refused(400, "The client left before its body was whole.") from None
     try:
         value = json.loads(b"".join(parts))
         json.dumps(value, ensure_ascii=False).encode()  # halves of characters, which no tokenizer takes

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tunesmith.data.formats import kind_of
-from tunesmith.data.normalize import OWN_ARGUMENTS, ROLES
+from tunesmith.data.formats import OWN_ARGUMENTS, kind_of
+from tunesmith.data.normalize import ROLES
 from tunesmith.data.report import visible
 from tunesmith.deliver.web.access import Refused
 from tunesmith.lookup import did_you_mean
