@@ -312,7 +312,14 @@ def test_tokenized_rows_are_used_as_they_are_however_long():
     dataset = Dataset.from_dict({"input_ids": [[1, 2, 3, 4, 5], [6]], "labels": [[-100, 2, 3, 4, 5], [6]]})
     report = Report()
     assert make(dataset, max_length=2, report=report) is dataset
-    assert (report.lengths, report.num_tokens, report.num_trained) == ([5, 1], 6, 5)
+    assert (report.lengths, report.num_tokens, report.num_trained) == ([5, 1], 6, 4)
+
+
+def test_of_packed_rows_the_first_token_of_each_document_is_not_counted_as_trained():
+    columns = {"input_ids": [[1, 2, 3, 4, 5], [6, 7]], "labels": [[1, 2, 3, -100, 5], [6, 7]]}
+    report = Report()
+    make(Dataset.from_dict({**columns, "seq_lengths": [[2, 3], [2]]}), report=report)
+    assert (report.num_tokens, report.num_trained) == (7, 3)
 
 
 # trainer: M2

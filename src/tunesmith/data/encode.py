@@ -4,11 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tunesmith.data import IGNORE_INDEX
 from tunesmith.data.chat_template import place_of
 from tunesmith.data.normalize import Example
 from tunesmith.data.render import Rendered, drop_oldest_turns, render, render_prompt
-from tunesmith.data.report import Report
+from tunesmith.data.report import Report, count_trained
 from tunesmith.data.rows import RowError
 from tunesmith.data.tokenize import Tokens, encode_straight, encoder_of, tokenize, truncate
 from tunesmith.data.turn_limits import Limits, find_turns, fits, has_turns, limited
@@ -191,8 +190,8 @@ def fit(
 
 
 def trains(labels: list[int]) -> bool:
-    """Whether the loss covers any token; the first of a row has no prediction."""
-    return len(labels) - labels.count(IGNORE_INDEX) > (labels[:1] != [IGNORE_INDEX])
+    """Whether the loss covers any token."""
+    return count_trained(labels) > 0
 
 
 def _with_short_turns(

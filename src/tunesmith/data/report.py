@@ -68,6 +68,16 @@ class Problem(NamedTuple):
     detail: str
 
 
+def count_trained(labels: Sequence[int]) -> int:
+    """Tokens of a row that the loss covers; the first has nothing before it that it could be predicted from.
+
+    >>> count_trained([7, -100, 8, 9])
+    2
+    """
+    later = list(labels[1:])
+    return len(later) - later.count(IGNORE_INDEX)
+
+
 class Report:
     """Counts of every row by what became of it. Each row read is kept or dropped, once; a kept row may be changed."""
 
@@ -109,7 +119,7 @@ class Report:
         for row in tokens:
             self.lengths.append(len(row["input_ids"]))
             self.num_tokens += len(row["input_ids"])
-            self.num_trained += len(row["labels"]) - list(row["labels"]).count(IGNORE_INDEX)
+            self.num_trained += count_trained(row["labels"])
 
     def add(self, part: "Report", limit: int | None = None) -> None:
         """Add what became of further rows; at most `limit` lengths, drops and changes are listed, all are counted."""
@@ -383,7 +393,7 @@ def preview(
     parts: list[Text | str] = []
     for number, row in enumerate(token_rows[:rows], 1):
         runs = _shorten(_runs(row, tokenizer))
-        num_trained = sum(label != IGNORE_INDEX for label in row["labels"])
+        num_trained = count_trained(row["labels"])
         title = f"── example {number}: {_count(len(row['input_ids']), 'token')}, {num_trained:,} trained"
         if coloured:
             console.print(_styled(title, runs), soft_wrap=True)
@@ -420,9 +430,10 @@ def _runs(row: Mapping[str, Any], tokenizer: Any) -> list[Run]:
     ids, labels = row["input_ids"], row["labels"]
     weights = row.get("weights") or [1.0] * len(ids)
     specials = _special_ids(tokenizer)
+    trained = [place > 0 and label != IGNORE_INDEX for place, label in enumerate(labels)]  # as `count_trained` counts
     states = [
-        (label != IGNORE_INDEX, weight if label != IGNORE_INDEX else 1.0, id in specials)
-        for id, label, weight in zip(ids, labels, weights)
+        (is_trained, weight if is_trained else 1.0, id in specials)
+        for id, is_trained, weight in zip(ids, trained, weights)
     ]
     runs, start = [], 0
     for end in range(1, len(ids) + 1):

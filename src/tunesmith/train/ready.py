@@ -235,10 +235,13 @@ def _are_tokens(name: str, lists: pa.ChunkedArray, num_ids: int | None) -> bool:
     return True
 
 
+def _flat(lists: pa.ChunkedArray) -> np.ndarray:
+    return np.concatenate([chunk.flatten().to_numpy() for chunk in lists.chunks])
+
+
 def _sums(lists: pa.ChunkedArray) -> np.ndarray:
     """The sum of each list."""
-    flat = np.concatenate([chunk.flatten().to_numpy() for chunk in lists.chunks])
-    return np.diff(np.append(0, np.cumsum(flat))[np.cumsum(_lengths(lists))], prepend=0)
+    return np.diff(np.append(0, np.cumsum(_flat(lists)))[np.cumsum(_lengths(lists))], prepend=0)
 
 
 def _lengths(lists: Any) -> np.ndarray:
@@ -261,6 +264,8 @@ def _count(rows: pa.Table, report: Report) -> None:
     report.read = report.kept = len(rows)
     report.lengths = _lengths(rows["input_ids"]).tolist()
     report.num_tokens = sum(report.lengths)
-    report.num_trained = sum(
-        pc.sum(pc.not_equal(chunk.flatten(), IGNORE_INDEX)).as_py() for chunk in rows["labels"].chunks
-    )
+    trained = _flat(rows["labels"]) != IGNORE_INDEX
+    sizes = _flat(rows["seq_lengths"]) if "seq_lengths" in rows.column_names else _lengths(rows["input_ids"])
+    sizes = sizes[sizes > 0]
+    trained[np.cumsum(sizes) - sizes] = False  # the first of each document, as `report.count_trained`
+    report.num_trained = int(trained.sum())
