@@ -229,7 +229,7 @@ def test_a_tokenizer_without_a_stop_token_is_named_where_none_is_written(ask, to
     words = tokenizer_without("endless", eos_token=None)
     said = ask([{"text": "once"}], *words, code=3)
     assert "rows.jsonl:1: no stop token ends the text, and the tokenizer has no eos_token. Name one of its" in said
-    assert "⟦once<|im_end|>⟧" in ask([{"text": "once"}], *words, "--eos_token", "<|im_end|>")
+    assert "o⟦nce<|im_end|>⟧" in ask([{"text": "once"}], *words, "--eos_token", "<|im_end|>")
     assert "⟦x<|im_end|>⟧" in ask(chats([USER, REPLY]), *words)  # the template writes one
 
 

@@ -73,6 +73,12 @@ def check_arguments(trainer: Any, given: Mapping[str, Any]) -> None:
             )
 
 
+def check_output_dir(path: str) -> None:
+    """Raise ConfigError for a file: that the run cannot be saved there must not come out when it has been trained."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise ConfigError(f"output_dir: {path} is a file. Name a folder.")
+
+
 def unless_default(data_collator: Any, say: Callable[[str], None]) -> Any:
     """The collator, or `None` for the one that TRL 0.13 had as its default, which knows no label but all tokens.
 

@@ -34,7 +34,7 @@ from tunesmith.model.load import check_vocabulary
 from tunesmith.model.lora import save_plain_lora
 from tunesmith.model.value_head import RewardModel, ValueHead, has_head, read_head
 from tunesmith.runs import PREDICTIONS_FILE, write_text
-from tunesmith.train.arguments import check_ids, num_embeddings
+from tunesmith.train.arguments import check_ids, check_output_dir, num_embeddings
 from tunesmith.train.choose import few_rows, memory_of, settled, supported
 from tunesmith.train.collate import FlatCollator, PaddedCollator
 from tunesmith.train.datasets import columns_of
@@ -357,6 +357,7 @@ def as_reward_config(args: Any) -> RewardConfig:
     if strange := [name for name, is_given in refused.items() if is_given]:
         raise ConfigError(f"RewardTrainer: nothing acts on {', '.join(strange)} in stage rm. Remove it.")
     found = modernized(found)
+    check_output_dir(found.output_dir)
     found.reward_loss = check_reward_loss(getattr(found, "reward_loss", RewardConfig.reward_loss))
     found.token_metrics = False  # the figures of pairs are logged in their place
     return found

@@ -26,6 +26,7 @@ from tunesmith.train.arguments import (
     check_arguments,
     check_ids,
     check_optimizer,
+    check_output_dir,
     explains_arguments,
     makes_labels,
     num_embeddings,
@@ -428,8 +429,7 @@ def checked_args(args: Any, optimizers: tuple, optimizer_cls_and_kwargs: tuple |
     """
     args = modernized(as_sft_config(args))
     loss_kind(args.loss_type, args.label_smoothing_factor)
-    if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
-        raise ConfigError(f"output_dir: {args.output_dir} is a file. Name a folder.")
+    check_output_dir(args.output_dir)
     if args.use_liger_kernel:
         check_liger(args.liger_kernel_config)
     if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
