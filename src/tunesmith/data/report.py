@@ -74,8 +74,8 @@ def count_trained(labels: Sequence[int]) -> int:
     >>> count_trained([7, -100, 8, 9])
     2
     """
-    later = list(labels[1:])
-    return len(later) - later.count(IGNORE_INDEX)
+    labels = labels if isinstance(labels, list) else list(labels)
+    return len(labels) - labels.count(IGNORE_INDEX) - (labels[:1] not in ([], [IGNORE_INDEX]))
 
 
 class Report:
