@@ -301,7 +301,8 @@ class TrainingFields:
     """Keep activations for the backward pass in host memory. Needs a GPU."""
     resume_allow: list[str] = field(default_factory=list)
     """What may differ from the run that wrote the checkpoint to go on from: `learning_rate`, `schedule`, `length`,
-    `optimizer`, `batch`, `loss`, `precision`, `processes`, `versions`. Anything else that differs is an error."""
+    `optimizer`, `batch`, `loss`, `precision`, `weights`, `processes`, `versions`. Anything else that would train other
+    weights is an error."""
     on_save_failure: Literal["stop", "continue"] = "stop"
     """What happens where a checkpoint cannot be written, as on a full disk. Earlier ones stay either way."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -58,6 +58,10 @@ DIFFERENT = {
     "precision": ({"bf16": True}, "precision: float32 in the checkpoint, bfloat16 now"),
     "loss": ({"loss_type": "dft"}, "loss_type: nll in the checkpoint, dft now"),
     "padding": ({"ignore_pad_token_for_loss": False}, "ignore_pad_token_for_loss: True in the checkpoint, False now"),
+    "positions": (
+        {"model": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}},
+        r"model\.positions: .*'default'.* in the checkpoint, .*'linear'.* now",
+    ),
     "optimizer's own": ({"optim_args": "eps=1e-7"}, "optim_args: None in the checkpoint, eps=1e-7 now"),
 }
 
@@ -107,13 +111,46 @@ def test_an_adapter_goes_on_upon_the_base_it_was_trained_on_alone(tmp_path, stag
         adapter_run(tmp_path, stage).train(resume_from_checkpoint=True)
 
 
-def adapter_run(folder, stage, lora_alpha=8):
+# reliability: 9
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"load_in_4bit": True}, r"model\.quantization: None in the checkpoint, .*'load_in_4bit': True.* now"),
+        ({"dtype": "bfloat16"}, r"weights: float32 \(49\) in the checkpoint, bfloat16 \(21\), float32 \(28\) now"),
+    ],
+)
+def test_a_base_in_other_bits_is_another_base(tmp_path, given, words):
+    if "load_in_4bit" in given:
+        pytest.importorskip("bitsandbytes", reason="needs the extra quant")
+    tiny.make_tiny_model().save_pretrained(tmp_path / "model")
+    adapter_run(tmp_path, "sft").train()
+    with pytest.raises(CheckpointError, match=words):
+        adapter_run(tmp_path, "sft", model_init_kwargs=given).train(resume_from_checkpoint=True)
+
+
+# reliability: 9
+@pytest.mark.parametrize(
+    "changed",
+    [{"metric_for_best_model": "eval_mean_token_accuracy", "greater_is_better": True}, {"held_out": (5, 6, 7)}],
+    ids=["metric", "rows"],
+)
+def test_another_measure_of_the_best_looks_for_it_anew(tmp_path, changed):
+    options = {"held_out": (5, 7), "eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_loss"}
+    make_run(tmp_path / "run", **FOUR, **options).train()
+    trainer = go_on(tmp_path / "run", tmp_path, **{**options, **changed})
+    assert any("the best checkpoint is looked for anew" in line for line in trainer.accepted_changes)
+    measure = changed.get("metric_for_best_model", "eval_loss")
+    assert trainer.state.best_metric == [line[measure] for line in trainer.state.log_history if measure in line][-1]
+    assert trainer.state.best_global_step == 4
+
+
+def adapter_run(folder, stage, lora_alpha=8, **options):
     """Two steps of an adapter on `model`, as a person's Python would write them."""
     trainer, config = {"sft": (SFTTrainer, SFTConfig), "rm": (RewardTrainer, RewardConfig)}[stage]
     pairs = [{"prompt": f"p{n}", "chosen": f"c{n}", "rejected": f"r{n}"} for n in range(6)]
     return trainer(
         str(folder / "model"),
-        config(str(folder / "run"), max_steps=2, save_steps=1, bf16=False, use_cpu=True, disable_tqdm=True),
+        config(str(folder / "run"), max_steps=2, save_steps=1, bf16=False, use_cpu=True, disable_tqdm=True, **options),
         train_dataset=token_rows() if stage == "sft" else pairs,
         processing_class=tiny.make_byte_tokenizer(),
         peft_config=LoraConfig(r=4, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"),

@@ -303,6 +303,8 @@ class CheckpointTrainer(OwnAccelerator):
         if not self._must_restore:
             return
         self._must_restore, checkpoint = False, self.resumed_from
+        if "best" in self._changed_terms:
+            self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         counters = checkpoint / self._counters_file
         if counters.is_file():
             self._restore_counters(json.loads(counters.read_text(encoding="utf-8")))

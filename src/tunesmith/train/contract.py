@@ -4,6 +4,7 @@ A difference that would train other tokens or other weights is an error. One tha
 learning rate, is an error too until `resume_allow` names it; then it is applied, and recorded.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -29,10 +30,13 @@ ALLOWABLE = {
     "batch": "rows are counted in the new batches, so some may be trained twice or not at all in this epoch",
     "loss": "the new loss is used",
     "precision": "the result is not bit for bit that of an uninterrupted run",
+    "weights": "the result is not bit for bit that of an uninterrupted run",
     "processes": "the result is not bit for bit that of an uninterrupted run",
     "versions": "the result may not be bit for bit that of an uninterrupted run",
 }
 """Term → what happens where `resume_allow` names it."""
+ACCEPTED = {"best": "the best checkpoint is looked for anew"}
+"""Term → what happens where it differs, which needs no leave."""
 PACKAGES = ("torch", "transformers", "peft")
 OPTIMIZER = (
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
@@ -45,6 +49,9 @@ LOSS = (
 ADAPTER = (
     *("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora", "bias"),
     *("lora_dropout", "rank_pattern", "alpha_pattern"),
+)
+QUANTIZATION = (
+    *("quant_method", "bits", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
 )
 ROWS_AT_ONCE = 10_000
 SAMPLED_ROWS = 64
@@ -62,6 +69,9 @@ def terms(trainer: Any) -> dict[str, Any]:
         "trainable": {"tensors": len(trained), "shapes": text_digest(repr(sorted(trained)))},
         "adapter": adapter_identity(model),
         **base_identity(model),
+        "model": model_identity(model),
+        "weights": types_of(model),
+        "best": best_identity(trainer),
         "optimizer_name": str(getattr(args.optim, "value", args.optim)),
         "learning_rate": args.learning_rate,
         "schedule": {
@@ -105,8 +115,8 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[
         lines = [
             f"{key}: {old} in the checkpoint, {new} now" for key, old, new in differences(name, saved[name], now[name])
         ]
-        if name in allowed or (name == "length" and is_longer(saved[name], now[name])):
-            accepted += [f"resume: {line} ({ALLOWABLE[name]})" for line in lines]
+        if name in allowed or name in ACCEPTED or (name == "length" and is_longer(saved[name], now[name])):
+            accepted += [f"resume: {line} ({(ALLOWABLE | ACCEPTED)[name]})" for line in lines]
         else:
             refused += [(name, line) for line in lines]
     if refused:
@@ -200,6 +210,37 @@ def base_identity(model: Any) -> dict[str, str]:
     """A hash over what lies frozen under an adapter; of a model that came from no files, nothing."""
     found = sample(model) if has_adapter(model) else None
     return {} if found is None else {"base": found}
+
+
+def model_identity(model: Any) -> dict[str, Any]:
+    """How a model computes with its weights: its positions, and the bits that it holds them in."""
+    config = getattr(model, "config", None)
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(config, "quantization_config", None)
+    bits = found.to_dict() if hasattr(found, "to_dict") else found
+    return {
+        "positions": getattr(inner, "rope_parameters", None),
+        "quantization": bits and {name: plain(bits[name]) for name in QUANTIZATION if name in bits},
+    }
+
+
+def types_of(model: Any) -> str:
+    """The types of the weights, and how many tensors have each."""
+    found = Counter(str(one.dtype).removeprefix("torch.") for one in model.parameters())
+    return ", ".join(f"{name} ({number})" for name, number in sorted(found.items()))
+
+
+def best_identity(trainer: Any) -> dict[str, Any] | None:
+    """What says which checkpoint is the best, and on which rows; `None` where nobody asks."""
+    args, rows = trainer.args, trainer.eval_dataset
+    if args.metric_for_best_model is None:
+        return None
+    sets = rows if isinstance(rows, Mapping) else {"": rows}
+    return {
+        "metric_for_best_model": args.metric_for_best_model,
+        "greater_is_better": args.greater_is_better,
+        "eval_dataset": {name: None if one is None else data_identity(one) for name, one in sets.items()},
+    }
 
 
 def name_of(given: Any) -> str | None:
