@@ -62,6 +62,11 @@ DIFFERENT = {
         {"model": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}},
         r"model\.positions: .*'default'.* in the checkpoint, .*'linear'.* now",
     ),
+    "LoRA+": ({"loraplus_lr_ratio": 4.0}, r"loraplus_lr_ratio: None in the checkpoint, 4\.0 now"),
+    "plateau": (
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "held_out": (5, 7), "eval_strategy": "steps", "eval_steps": 2},
+        r"reduce_lr_on_plateau: None in the checkpoint, \[0\.01, None\] now",
+    ),
     "optimizer's own": ({"optim_args": "eps=1e-7"}, "optim_args: None in the checkpoint, eps=1e-7 now"),
 }
 

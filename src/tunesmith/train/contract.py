@@ -38,10 +38,7 @@ ALLOWABLE = {
 ACCEPTED = {"best": "the best checkpoint is looked for anew"}
 """Term → what happens where it differs, which needs no leave."""
 PACKAGES = ("torch", "transformers", "peft")
-OPTIMIZER = (
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-    *("optim_args", "loraplus_lr_ratio"),
-)
+OPTIMIZER = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
 LOSS = (
     *("loss_type", "label_smoothing_factor", "neftune_noise_alpha", "router_aux_loss_coef"),
     *("ignore_pad_token_for_loss", "reward_loss"),
@@ -50,6 +47,7 @@ ADAPTER = (
     *("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora", "bias"),
     *("lora_dropout", "rank_pattern", "alpha_pattern"),
 )
+UNNAMED = ("schedule", "length", "optimizer", "optimizer_arguments", "loss", "batch")  # their entries say it all
 QUANTIZATION = (
     *("quant_method", "bits", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
 )
@@ -73,6 +71,8 @@ def terms(trainer: Any) -> dict[str, Any]:
         "weights": types_of(model),
         "best": best_identity(trainer),
         "optimizer_name": str(getattr(args.optim, "value", args.optim)),
+        "optimizer_arguments": {name: getattr(args, name) for name in ("optim_args", "loraplus_lr_ratio")},
+        "reduce_lr_on_plateau": plateau_identity(args),
         "learning_rate": args.learning_rate,
         "schedule": {
             "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
@@ -164,7 +164,7 @@ def differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]
     for key in [*old, *(key for key in new if key not in old)]:
         if old.get(key) != new.get(key):
             yield (
-                f"{name}.{key}" if name not in ("schedule", "length", "optimizer", "loss", "batch") else key,
+                f"{name}.{key}" if name not in UNNAMED else key,
                 old.get(key),
                 new.get(key),
             )
@@ -228,6 +228,13 @@ def types_of(model: Any) -> str:
     """The types of the weights, and how many tensors have each."""
     found = Counter(str(one.dtype).removeprefix("torch.") for one in model.parameters())
     return ", ".join(f"{name} ({number})" for name, number in sorted(found.items()))
+
+
+def plateau_identity(args: Any) -> list[Any] | None:
+    """Rate and settings of a schedule that waits for evaluations: what it has found out holds for these alone."""
+    if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) != "reduce_lr_on_plateau":
+        return None
+    return [args.learning_rate, args.lr_scheduler_kwargs or None]
 
 
 def best_identity(trainer: Any) -> dict[str, Any] | None:
