@@ -220,6 +220,10 @@ def test_streamed_pieces_are_whole_characters_and_join_to_the_decoded_text(kind,
         ({"messages": []}, "messages is an empty list; expected a list with at least one message"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\].content is missing"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "reads only text"),
+        (
+            {"messages": [*HELLO, {"role": "assistant", "tool_calls": [{"function": "x"}]}, *HELLO]},
+            r"messages\[1\].tool_calls is a list .*; expected a list of calls, each a function with a name",
+        ),
         ({"temperature": "hot"}, "temperature is 'hot'; expected a number from 0 to 2"),
         ({"temperature": 3}, "temperature is 3; expected a number from 0 to 2"),
         ({"top_p": 0}, "top_p is 0"),
@@ -336,6 +340,22 @@ def test_the_printed_address_puts_the_token_into_a_cookie(writer):
         assert (response.status_code, response.headers["location"]) == (303, "/")
         assert {"HttpOnly", "SameSite=Strict"} <= set(response.headers["set-cookie"].split("; "))
         assert client.get("/v1/models").status_code == 200
+
+
+def test_the_token_is_found_among_cookies_of_other_servers(writer):
+    with TestClient(create_api(writer, name="tiny", token="a-token"), base_url="http://gpu-box:8000") as client:
+        for cookies, status in (("foo/bar=1; tunesmith-8000=a-token", 200), ("foo/bar=1", 401), ("a; ;=", 401)):
+            assert client.get("/v1/models", headers={"cookie": cookies}).status_code == status, cookies
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [("//evil.example/", "/evil.example/"), ("/%C4%83", "/%C4%83"), ("/a%0d%0ab:c", "/a%0D%0Ab%3Ac")],
+)
+def test_the_token_leads_to_no_other_server_and_writes_one_header(writer, path, place):
+    with TestClient(create_api(writer, name="tiny", token="a-token"), base_url="http://gpu-box:8000") as client:
+        response = client.get(f"http://gpu-box:8000{path}?token=a-token", follow_redirects=False)
+        assert (response.status_code, response.headers["location"]) == (303, place)
 
 
 # reliability: 66

@@ -282,14 +282,19 @@ def _calls(given: Any, key: str, number: int) -> list[dict[str, Any]]:
         what = f"'{key}' of turn {number} is not valid JSON ({visible(str(error), 60)})"
         raise RowError(f"{what}. Mend it.", "bad-tool-calls") from None
     for call in calls:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        if not is_call(call):
             raise RowError(
                 f"'{key}' of turn {number} holds {kind_of(call)}; expected calls such as "
                 '{"type": "function", "function": {"name": "f", "arguments": {}}}.',
                 "bad-tool-calls",
             )
     return calls
+
+
+def is_call(call: Any) -> bool:
+    """Whether a turn's call names its function, as `{"type": "function", "function": {"name": ...}}` or flat."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def _joined(content: Any, is_given: bool, number: int) -> str:

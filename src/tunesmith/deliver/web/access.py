@@ -12,9 +12,8 @@ import os
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from http.cookies import SimpleCookie
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 from tunesmith.data.report import visible
 from tunesmith.errors import ConfigError
@@ -168,8 +167,8 @@ class Guard:
 
     def _check_token(self, headers: Mapping[str, str], scope: Scope) -> None:
         kind, _, value = headers.get("authorization", "").partition(" ")
-        cookie = SimpleCookie(headers.get("cookie", "")).get(cookie_name(scope))
-        if not (kind.lower() == "bearer" and self._has(value.strip())) and not (cookie and self._has(cookie.value)):
+        cookie = cookie_in(headers.get("cookie", ""), cookie_name(scope))
+        if not (kind.lower() == "bearer" and self._has(value.strip())) and not self._has(cookie):
             raise Refused(
                 401,
                 "The token is missing or wrong. Open the printed address, or send 'Authorization: Bearer TOKEN'.",
@@ -182,7 +181,8 @@ class Guard:
     async def _remember(self, scope: Scope, send: Send) -> None:
         """Put the token into a cookie that no script reads and no other site sends, and out of the address bar."""
         cookie = f"{cookie_name(scope)}={self.token}; HttpOnly; SameSite=Strict; Path=/"
-        headers = {"location": scope["path"], "set-cookie": cookie, "content-length": "0", **HEADERS}
+        place = "/" + quote(scope["path"].lstrip("/"))  # of this server, and one line
+        headers = {"location": place, "set-cookie": cookie, "content-length": "0", **HEADERS}
         await send({"type": "http.response.start", "status": 303, "headers": encoded(headers)})
         await send({"type": "http.response.body", "body": b""})
 
@@ -201,6 +201,12 @@ def check_origin(origin: str | None, host: str) -> None:
     """A page may ask only the server that it came from; programs that are no browser send no Origin."""
     if origin is not None and origin.partition("://")[2].lower() != host.lower():
         raise Refused(403, f"Requests from pages of '{visible(origin, 60)}' are not answered.")
+
+
+def cookie_in(header: str, name: str) -> str:
+    """The value of a cookie, or nothing. Python's own parser fails at names that other servers of this host gave."""
+    pairs = (part.strip().partition("=") for part in header.split(";"))
+    return next((value for key, _, value in pairs if key == name), "")
 
 
 def cookie_name(scope: Scope) -> str:

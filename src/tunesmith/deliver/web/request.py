@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from tunesmith.data.formats import OWN_ARGUMENTS, kind_of
-from tunesmith.data.normalize import ROLES
+from tunesmith.data.normalize import ROLES, is_call
 from tunesmith.data.report import visible
 from tunesmith.deliver.web.access import Refused
 from tunesmith.lookup import did_you_mean
@@ -113,8 +113,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise Refused(400, f"{where}.role is {visible(repr(role), 40)}.{hint} Known: {known}.", param=f"{where}.role")
     kept = {key: message[key] for key in MESSAGE_KEYS if message.get(key) is not None}
     calls = kept.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise _wrong(f"{where}.tool_calls", calls, "a list of objects")
+    if calls is not None and not (isinstance(calls, list) and all(is_call(call) for call in calls)):
+        raise _wrong(f"{where}.tool_calls", calls, "a list of calls, each a function with a name")
     if "content" not in kept and not calls:
         raise _wrong(f"{where}.content", None, "a text")
     return {**kept, "role": ROLES[role], "content": _text(kept.get("content", ""), f"{where}.content")}
