@@ -3,11 +3,15 @@
 import difflib
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ConfigError
+
+NO_CODE = "TUNESMITH_NO_CODE"
+"""Variable of a process whose recipe came over the network: it imports nothing that the recipe names."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -35,8 +39,13 @@ def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
 def import_object(reference: str, what: str) -> Any:
     """The object behind `file.py:name` or `package.module:name`.
 
-    Raises: ConfigError if the file, the module or the name does not exist.
+    Raises: ConfigError if the file, the module or the name does not exist, and where `NO_CODE` is set.
     """
+    if os.environ.get(NO_CODE):
+        raise ConfigError(
+            f"{what} '{reference}' names code, which a pasted recipe may not, nor one among the runs. Save it "
+            "elsewhere and give its path."
+        )
     place, _, attribute = reference.rpartition(":")
     if place.endswith(".py"):
         if not Path(place).is_file():

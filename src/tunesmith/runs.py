@@ -385,9 +385,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) or not isinstance(row.get("step", 0), int):
             continue
         if "step" in row:
             _forget_what_is_said_anew(row, rows)
@@ -419,7 +419,7 @@ def _forget_what_is_said_anew(row: dict[str, Any], rows: list[dict[str, Any]]) -
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -24,6 +24,7 @@ from tunesmith.deliver.web import access, launch, run_folder
 from tunesmith.deliver.web import studio as door
 from tunesmith.deliver.web.board import create_board
 from tunesmith.errors import ConfigError
+from tunesmith.lookup import lookup
 from tunesmith.recipe import load_recipe
 from tunesmith.runs import Run, read_status
 
@@ -225,6 +226,9 @@ def test_a_recipe_is_checked_with_all_its_problems_in_one_report(client):
         ({"path": "a\0.yaml"}, "there is no such recipe"),
         ({"recipe": RECIPE + "format: evil.py:read\n"}, "'evil.py:read' names code"),
         ({"recipe": RECIPE + "format: os.path:join\n"}, "'os.path:join' names code"),
+        ({"recipe": RECIPE + "metrics: 'exact_match, my evil.py:f'\n"}, "'my evil.py:f' names code"),
+        ({"recipe": RECIPE + "metrics: [exact_match, ' evil.py:f']\n"}, "'evil.py:f' names code"),
+        ({"recipe": RECIPE.replace("runs/mine", '"runs/a\\0b"')}, "null byte"),
         (
             {"recipe": RECIPE.replace("runs/mine", "/tmp/mine")},
             "output_dir is /tmp/mine. Name a folder that",
@@ -257,7 +261,7 @@ def say(state, **more):
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     text = json.dumps({"state": state, "pid": os.getpid(), "host": socket.gethostname(), "started": now, **more})
     (run / "new").write_text(text); (run / "new").rename(run / "status.json")
-say("running", has_token="TUNESMITH_TOKEN" in os.environ)
+say("running", has_token="TUNESMITH_TOKEN" in os.environ, may_import="TUNESMITH_NO_CODE" not in os.environ)
 try:
     time.sleep(30)
 except KeyboardInterrupt:
@@ -318,6 +322,40 @@ def test_a_recipe_file_is_trained_where_it_lies(client, folder, stub):
     client.post("/api/runs", json={"path": "recipe.yaml"})
     assert stub[0].args == [sys.executable, "-m", "tunesmith", "train", str(Path("recipe.yaml").resolve())]
     assert not (folder / "mine.yaml").exists()
+    wait_for(lambda: listed(client)["mine"]["state"] == "running")
+    assert read_status(folder / "mine")["may_import"] is True
+
+
+# reliability: 66
+@pytest.mark.parametrize("how", ["pasted", "pasted before"])
+def test_a_process_whose_recipe_came_over_the_network_imports_nothing(client, folder, stub, how):
+    (folder / "mine.yaml").write_text(RECIPE)
+    client.post("/api/runs", json={"recipe": RECIPE} if how == "pasted" else {"path": "runs/mine.yaml"})
+    wait_for(lambda: listed(client)["mine"]["state"] == "running")
+    assert read_status(folder / "mine")["may_import"] is False
+
+
+def test_such_a_process_refuses_what_its_recipe_names(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("function = len\n")
+    assert lookup({}, f"{tmp_path}/mine.py:function", "metrics") is len
+    monkeypatch.setenv("TUNESMITH_NO_CODE", "1")
+    with pytest.raises(ConfigError, match=r"mine\.py:function' names code, which a pasted recipe may not"):
+        lookup({}, f"{tmp_path}/mine.py:function", "metrics")
+
+
+def test_files_of_a_run_that_make_no_sense_hide_no_other_run(client, folder):
+    make_run(folder / "good")
+    odd = make_run(folder / "odd").path
+    (odd / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": "x", "loss": 3.0}\n' + "[" * 100_000 + "\n")
+    (folder / "odd.start.json").write_text('{"pid": 1e400, "host": "h", "started": "s"}')
+    assert listed(client).keys() == {"good", "odd"}
+    assert client.get("/api/runs/odd/curve").json() == {"loss": [[1, 2.0]]}
+    for text in ("[" * 100_000, '{"a":' * 100_000):
+        (folder / "odd.start.json").write_text(text)
+        (odd / "status.json").write_text(text)
+        (odd / "all_results.json").write_text(text)
+        assert listed(client).keys() == {"good", "odd"}
+        assert client.get("/api/runs/odd").status_code == 200
 
 
 def test_a_start_that_fails_before_its_run_says_why_and_leaves_an_earlier_run_as_it_was(client, folder, stub):

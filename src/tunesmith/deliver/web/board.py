@@ -20,7 +20,7 @@ from tunesmith.deliver.web.app import guarded, json_body, page_routes
 from tunesmith.errors import ConfigError
 
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
-CODE = re.compile(r"[^\s{}]+:[A-Za-z_]\w*")  # what `lookup` imports
+CODE = re.compile(r".*\.py:\s*\w+|[\w.]+:[A-Za-z_]\w*", re.DOTALL)  # what `lookup` imports, one of a list
 
 
 class Board:
@@ -93,9 +93,13 @@ class Board:
 
         def work() -> launch.Start:
             output_dir, recipe = self._checked(body)
-            recipe = recipe or launch.save_recipe(body["recipe"], output_dir)
-            with self.starting:
-                return launch.start_training(recipe, output_dir)
+            try:
+                recipe = recipe or launch.save_recipe(body["recipe"], output_dir)
+                was_pasted = recipe.resolve().is_relative_to(self.folder.resolve())  # now, or some time before
+                with self.starting:
+                    return launch.start_training(recipe, output_dir, may_import=not was_pasted)
+            except OSError as error:  # of the files beside the run directory, whose names are longer than its own
+                raise ConfigError(f"{visible(str(output_dir), 80)}: {error.strerror}. Name another folder.") from None
 
         start = await run_in_threadpool(work)
         run_id = start.output_dir.resolve().relative_to(self.folder.resolve()).as_posix().replace("/", "~")
@@ -121,11 +125,13 @@ class Board:
 
     def _place(self, recipe: Any) -> Path:
         """The recipe's output_dir, which must be one that the studio shows."""
-        output_dir = Path(recipe.training.get("output_dir") or "").expanduser()
-        inside = output_dir.resolve()
-        root = self.folder.resolve()
+        given = recipe.training.get("output_dir")
+        try:
+            output_dir = Path(given or "").expanduser()
+            inside, root = output_dir.resolve(), self.folder.resolve()
+        except (OSError, ValueError) as error:  # such as a character of number 0
+            raise ConfigError(f"output_dir {visible(str(given), 80)}: {error}. Name a folder.") from None
         if inside == root or not inside.is_relative_to(root) or len(inside.relative_to(root).parts) > 2:
-            given = recipe.training.get("output_dir")
             what = f"is {visible(str(given), 80)}" if given else "is missing"
             raise ConfigError(f"output_dir {what}. Name a folder that this page shows, like {self.folder / 'mine'}.")
         return output_dir
@@ -153,13 +159,15 @@ def recipe_file(path: str) -> Path:
 def refuse_code(recipe: Any) -> None:
     """What comes over the network must not name Python files to run (`format: file.py:function`, `module:function`).
 
+    The process that trains one imports nothing either (`lookup.NO_CODE`); this says it before there is one.
+
     Raises: ConfigError that says so.
     """
     for value in _texts(dataclasses.asdict(recipe) | {"given": None}):
-        if CODE.fullmatch(value):
+        if named := next((part for part in value.split(",") if CODE.fullmatch(part.strip())), None):
             raise ConfigError(
-                f"'{visible(value, 80)}' names code, which a pasted recipe may not. Save the recipe as a file and "
-                "give its path."
+                f"'{visible(named.strip(), 80)}' names code, which a pasted recipe may not. Save the recipe as a file "
+                "and give its path."
             )
 
 

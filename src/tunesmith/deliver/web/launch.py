@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 from tunesmith.deliver.web.access import TOKEN_VARIABLE
 from tunesmith.errors import ConfigError
+from tunesmith.lookup import NO_CODE
 from tunesmith.runs import read_status, to_json, write_text
 
 
@@ -47,12 +48,13 @@ class Start:
         return self.host == socket.gethostname() and is_training(self.pid)
 
 
-def start_training(recipe: Path, output_dir: Path) -> Start:
+def start_training(recipe: Path, output_dir: Path, *, may_import: bool = True) -> Start:
     """Start `tunesmith train` on the recipe.
 
     Args:
         recipe: a file that was checked.
         output_dir: where the recipe says the run goes; log and note are put beside it.
+        may_import: whether the recipe may name code (`file.py:function`).
 
     Raises: ConfigError where a run there is being started or still going.
     """
@@ -63,6 +65,7 @@ def start_training(recipe: Path, output_dir: Path) -> Start:
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "tunesmith", "train", str(recipe.resolve())]
     variables = {key: value for key, value in os.environ.items() if key != TOKEN_VARIABLE}
+    variables |= {} if may_import else {NO_CODE: "1"}
     started = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     with open(log, "wb") as file:
         process = subprocess.Popen(
@@ -89,7 +92,7 @@ def read_start(output_dir: Path) -> Start | None:
     try:
         note = json.loads(beside(output_dir, Start.SUFFIX).read_bytes())
         return Start(int(note["pid"]), str(note["host"]), str(note["started"]), output_dir)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
 
 

@@ -216,7 +216,7 @@ def json_lines(file: Path, folder: Path, first: int | None = None, last: int | N
         for line in opened:
             try:
                 value = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(value, dict):
                 found.append(_shown(value))
@@ -232,7 +232,7 @@ def _json(file: Path, folder: Path) -> Any:
         return None
     try:
         return _shown(json.loads(file.read_bytes()))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
