@@ -177,7 +177,7 @@ def test_text_under_a_secret_name_is_redacted(tmp_path, key):
     assert yaml.safe_load(path.read_text()) == {"nested": {key: "<redacted>"}, "list": [{key: "<redacted>"}]}
 
 
-@pytest.mark.parametrize("secret", ["hf_abcdefghijklmn", "sk-proj-abcdefgh123", "ghp_abcdefgh1234", "user:pass"])
+@pytest.mark.parametrize("secret", ["hf_" + "aB" * 17, "sk-proj-aB3" + "x" * 20, "ghp_" + "a1" * 18, "user:pass"])
 def test_a_secret_inside_any_text_is_redacted(tmp_path, secret):
     Run(tmp_path).event("note", f"from https://{secret}@host/x")
     assert secret not in (tmp_path / "events.jsonl").read_text()
@@ -190,6 +190,7 @@ def test_what_only_sounds_like_a_secret_is_kept():
         "hub_token": None,
         "monkey": "x",
         "model": "hf_tiny",
+        "dataset": "data/sk-translations-of-2024-into-german.jsonl,data/hf_datasets_and_more_of_them.jsonl",
         "task": "ask-me-a-question",
     }
     assert redact(kept) == kept

@@ -195,7 +195,7 @@ def unsafe(node):
         yield "allow_pickle=True"
 
 
-SECRET = "hf_plantedplanted1234"
+SECRET = "hf_" + "planted" * 4
 
 
 # reliability: 64

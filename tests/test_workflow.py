@@ -125,6 +125,28 @@ def test_check_looks_at_data_without_weights_and_says_so(workplace):
     assert "16 rows read" in output
 
 
+@pytest.fixture
+def texts(workplace):
+    """Flags of a run over 8 texts of 25 tokens, in blocks of 64."""
+    (workplace / "texts.txt").write_text("A spider has eight legs.\n" * 8)
+    (workplace / "few.txt").write_text("Few.\n")
+    more = {"dataset": "texts.txt", "eval_dataset": "texts.txt", "max_length": 64, "compare_rows": 0}
+    write_recipe(workplace / "texts.yaml", stage="pt", **more)
+    return "texts.yaml"
+
+
+def test_check_of_texts_says_what_blocks_leave_out(texts):
+    assert "3 blocks of 64 tokens; the tail of 8 tokens behind the last is left out" in call("check", texts)
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_a_set_of_texts_that_fills_no_block_is_named(texts, command):
+    output = call(command, texts, "--dataset", "few.txt", code=3)
+    assert "DataError: all texts together have 5 tokens, less than one block of max_length 64" in output
+    output = call(command, texts, "--eval_dataset", "few.txt", code=3)
+    assert "DataError: the texts of the evaluation set have 5 tokens, less than one block of max_length 64" in output
+
+
 @pytest.mark.parametrize("command", ["check", "train"])
 @pytest.mark.parametrize(
     ("name", "expected"),
@@ -206,6 +228,40 @@ def test_a_folder_that_holds_a_run_is_not_touched(workplace):
     assert (workplace / "run" / "adapter_model.safetensors").read_bytes() == before
     call("train", "recipe.yaml", "--seed", "7", "--overwrite_output_dir")
     assert (workplace / "run" / "adapter_model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        (
+            ("--model_name_or_path", "run"),
+            2,
+            "run holds what this run reads (model_name_or_path: run), and overwrite_",
+        ),
+        (("--checkpoint_dir", "run/checkpoint-3"), 2, "(checkpoint_dir: run/checkpoint-3)"),
+        (("--dataset", "run/rows.jsonl"), 2, "(dataset: run/rows.jsonl)"),
+        (("--dataset", "trian.jsonl"), 3, "Did you mean 'train.jsonl'?"),
+        (("--model_name_or_path", "modle"), 2, "modle: there is no such folder"),
+        (("--report_to", "wandbb"), 2, "there is no tracker 'wandbb'"),
+    ],
+)
+def test_a_run_is_not_overwritten_by_one_that_reads_it_or_cannot_begin(workplace, words, code, expected):
+    call("train", "recipe.yaml", "--save_strategy", "steps", "--save_steps", "3")
+    (workplace / "run" / "rows.jsonl").write_bytes((workplace / "train.jsonl").read_bytes())
+    before = sorted(workplace.glob("run/**/*"))
+    assert expected in call("train", "recipe.yaml", *words, "--overwrite_output_dir", code=code)
+    assert sorted(workplace.glob("run/**/*")) == before
+
+
+# reliability: 57
+def test_a_finished_run_whose_model_is_gone_writes_it_again(workplace):
+    words = ("train", "recipe.yaml", "--save_strategy", "steps", "--save_steps", "3")
+    call(*words)
+    model = workplace / "run" / "adapter_model.safetensors"
+    before = model.read_bytes()
+    model.unlink()
+    call(*words, "--resume_from_checkpoint", "true")
+    assert model.read_bytes() == before
 
 
 def test_a_failed_run_says_so_in_its_folder(workplace):

@@ -62,7 +62,8 @@ def is_complete(found: Beginning, options: Mapping[str, Any]) -> bool:
     asked = as_saved(options)
     if any(saved.get(name) != asked.get(name) for name in saved.keys() | asked.keys() if name not in HOW):
         return False
-    return status.get("state") == "completed" and is_last(checkpoint)
+    has_model = any(folder.glob("*.safetensors"))  # it may have been moved away, and is then written again
+    return status.get("state") == "completed" and has_model and is_last(checkpoint)
 
 
 def is_last(checkpoint: Path) -> bool:

@@ -326,7 +326,7 @@ REDACTED = "<redacted>"
 _SECRET_KEY = re.compile(r"(^|[_-])(token|key|password|passwd|secret|authorization)$", re.IGNORECASE)
 _TEXT_TOKEN = re.compile(r"^(pad|eos|bos|unk|sep|cls|mask|stop|image|audio|video)_token$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{8,}|gh[opusr]_[A-Za-z0-9]{8,}|github_pat_\w{8,})"
+    r"\b(?:hf_[A-Za-z0-9]{20,}|sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,})"
     r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password@ of a URL
 )
 
@@ -334,8 +334,12 @@ _SECRET_VALUE = re.compile(
 def redact(value: Any) -> Any:
     """The same plain value with texts under a secret's name, and texts that look like a secret, replaced.
 
-    >>> redact({"hub_token": "abc", "eos_token": "</s>", "note": "use hf_abcdefgh12"})
+    Files and folders may be named alike, and a recipe must find them again: tokens are longer, and no words.
+
+    >>> redact({"hub_token": "abc", "eos_token": "</s>", "note": "use hf_abcdefghijklmnopqrst"})
     {'hub_token': '<redacted>', 'eos_token': '</s>', 'note': 'use <redacted>'}
+    >>> redact("data/sk-translations.jsonl, data/hf_datasets.jsonl")
+    'data/sk-translations.jsonl, data/hf_datasets.jsonl'
     """
     if isinstance(value, Mapping):
         return {key: REDACTED if _is_secret(key, item) else redact(item) for key, item in value.items()}

@@ -44,6 +44,7 @@ from tunesmith.steps.data import (
     check_data,
     evaluation_notes,
     first_of_stream,
+    note_tails,
     prepare_data,
     report_json,
     show_data,
@@ -63,6 +64,7 @@ from tunesmith.steps.options import (
     trainer_arguments,
     uses_cpu,
 )
+from tunesmith.steps.overwrite import look_before_deleting
 from tunesmith.train.callbacks import ProgressCallback, RunLogCallback, SampleCallback, Work, use_progress
 from tunesmith.train.choose import IN_CHOSEN_LINE
 from tunesmith.train.curves import plot_curves
@@ -165,6 +167,8 @@ def open_run(recipe: Recipe) -> tuple[Run, Beginning, bool]:
 
 def beginning(recipe: Recipe, output_dir: str) -> tuple[Beginning, bool]:
     """Where the run begins, and whether it is complete."""
+    if recipe.run.overwrite_output_dir:
+        look_before_deleting(recipe, Path(output_dir).expanduser())
     found = begin(
         output_dir,
         overwrite=recipe.run.overwrite_output_dir,
@@ -183,7 +187,7 @@ def run_training(
     before = compare(recipe, trainer, data, metric, folder, "before", console)
     output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     figures = training_figures(trainer, output.metrics)
-    trainer.save_model()
+    trainer.save_trained()
     trainer.save_state()
     if is_first_process():
         save_arguments(folder.path, recipe.model, trainer.model)
@@ -250,10 +254,12 @@ def recorded(folder: Run) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Terminated) as stop:
-        folder.write_status("interrupted", "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else str(stop))
+        with contextlib.suppress(OSError):  # a full disk must not hide what happened
+            folder.write_status("interrupted", "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else str(stop))
         raise
     except BaseException as error:
-        folder.write_status("failed", f"{type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):
+            folder.write_status("failed", f"{type(error).__name__}: {error}")
         raise
     folder.write_status("completed")
 
@@ -365,6 +371,7 @@ def check(recipe: Recipe, rows: int = 3, *, as_json: bool = False) -> Prepared:
     stream = data.train
     if recipe.data.streaming and stream is not None:
         data = first_of_stream(recipe, tokenizer, data)
+    note_tails(recipe, data)
     show_data(data, tokenizer, console, rows)
     check_data(recipe, data)
     memory = memory_json(recipe, stream) if phases(recipe).train else None

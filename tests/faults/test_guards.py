@@ -1,11 +1,13 @@
 """Numbers that are none, memory that runs out, signals, hangs, full disks: the run stops or goes on, and says so."""
 
+import errno
 import json
 import logging
 import os
 import resource
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -291,6 +293,29 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_says_what_is_needed(tmp_path
     assert in_child(tmp_path / "on.json", on_a_full_disk, tmp_path / "goes on", "continue") == 0
     assert [entry.name for entry in (tmp_path / "goes on").iterdir()] == ["checkpoint-1"]
     assert "Training goes on" in log_of(tmp_path / "on.json")
+
+
+# reliability: 20
+@pytest.mark.parametrize("is_all_full", [False, True])
+def test_a_trained_model_that_finds_no_room_is_kept_elsewhere(tmp_path, monkeypatch, is_all_full):
+    (tmp_path / "refuge").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "refuge"))
+    trainer = make_run(tmp_path / "run", save_strategy="no", max_steps=1)
+    trainer.train()
+    save = trainer._save
+
+    def full(output_dir=None, **kwargs):
+        if is_all_full or Path(output_dir or tmp_path / "run") == tmp_path / "run":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(output_dir, **kwargs)
+
+    monkeypatch.setattr(trainer, "_save", full)
+    with pytest.raises(CheckpointError, match=r"could not be written to .*run: No space left on device") as found:
+        trainer.save_trained()
+    kept = list((tmp_path / "refuge").iterdir())
+    assert len(kept) == (0 if is_all_full else 1)
+    assert ("a run goes on from its checkpoints" if is_all_full else f"It lies in {kept[0]}.") in str(found.value)
+    assert is_all_full or (kept[0] / "model.safetensors").is_file()
 
 
 # reliability: 20

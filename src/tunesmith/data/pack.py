@@ -260,21 +260,29 @@ def _cut_at_row_edges(lengths: np.ndarray, max_length: int) -> _Sequences:
     return _Sequences(cuts - part_lengths, part_lengths, np.diff(np.searchsorted(cuts, edges) + 1, prepend=0))
 
 
+def tail_note(num_tokens: int, max_length: int, what: str = "all texts together") -> str | None:
+    """What blocks of exactly `max_length` tokens leave out; `None` where they leave nothing.
+
+    Raises: DataError where there is not one block in `what`.
+    """
+    blocks, tail = divmod(num_tokens, max_length)
+    if not blocks:
+        raise DataError(
+            f"{what} have {num_tokens:,} tokens, less than one block of max_length {max_length:,}. Lower max_length, "
+            "or give more text."
+        )
+    if not tail:
+        return None
+    return f"{blocks:,} blocks of {max_length:,} tokens; the tail of {tail:,} tokens behind the last is left out"
+
+
 def _whole_rows(sequences: _Sequences, num_tokens: int, max_length: int, report: "Report | None") -> _Sequences:
     """Without the last row, if it is shorter than the others; the report says how many tokens that leaves out."""
-    tail = num_tokens % max_length
-    if not tail:
+    note = tail_note(num_tokens, max_length)
+    if note is None:
         return sequences
-    if num_tokens < max_length:
-        raise DataError(
-            f"all texts together have {num_tokens:,} tokens, less than one block of max_length {max_length:,}. Lower "
-            "max_length, or give more text."
-        )
     if report is not None:
-        blocks = num_tokens // max_length
-        report.note(
-            f"{blocks:,} blocks of {max_length:,} tokens; the tail of {tail:,} tokens behind the last is left out"
-        )
+        report.note(note)
     last = sequences.per_row[-1]
     return _Sequences(sequences.starts[:-last], sequences.lengths[:-last], sequences.per_row[:-1])
 

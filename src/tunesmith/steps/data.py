@@ -1,7 +1,7 @@
 """The data of a run: recipe and tokenizer → token rows and held-out examples, with their reports."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from tunesmith.config import TrainingFields
 from tunesmith.data.cache import cache_of
 from tunesmith.data.collect import collect
 from tunesmith.data.normalize import Example
-from tunesmith.data.pack import length_before_packing
+from tunesmith.data.pack import length_before_packing, tail_note
 from tunesmith.data.pairs import encode_pairs
 from tunesmith.data.prepare import encode_examples
 from tunesmith.data.report import Report, first_row_lines, preview
@@ -113,11 +113,38 @@ def check_data(recipe: Recipe, data: Prepared) -> None:
         data.report.check(recipe.data.max_drop_ratio)
     for report in data.evaluation_reports.values():
         report.check(recipe.data.max_drop_ratio, "evaluate")
+    for what, report in sets_in_blocks(recipe, data):
+        tail_note(report.num_tokens, block_length(recipe), what)
+
+
+def note_tails(recipe: Recipe, data: Prepared) -> None:
+    """Let the reports say what blocks will leave out, before there is a trainer that does."""
+    for _, report in sets_in_blocks(recipe, data):
+        length = block_length(recipe)
+        if report.num_tokens >= length and (note := tail_note(report.num_tokens, length)):
+            report.note(note)
+
+
+def sets_in_blocks(recipe: Recipe, data: Prepared) -> Iterator[tuple[str, Report]]:
+    """What is cut into blocks of one length, by its name in errors, with its report."""
+    if option(recipe, "packing_strategy") != "blocks" or block_length(recipe) is None:
+        return
+    packing, evaluated = option(recipe, "packing"), option(recipe, "eval_packing")
+    if packing and data.report is not None and not recipe.data.streaming:
+        yield "all texts together", data.report
+    for name, report in data.evaluation_reports.items():
+        if (packing if evaluated is None else evaluated) and report.num_tokens:  # none where each is only asked
+            yield f"the texts of the evaluation set{f' {name}' * bool(name)}", report
+
+
+def block_length(recipe: Recipe) -> int | None:
+    """Tokens of a block, or of the longest text; `None` where nobody says."""
+    return option(recipe, "max_length") or longest_text(recipe.model, training=phases(recipe).train)
 
 
 def encode(recipe: Recipe, examples: Sequence[Example], tokenizer: Any, report: Report) -> Any:
     """Examples as tokens, the way the recipe says: rows of a text, or of two answers in stage rm."""
-    max_length = option(recipe, "max_length") or longest_text(recipe.model, training=phases(recipe).train)
+    max_length = block_length(recipe)
     names = ("too_long", "chat_template_kwargs", "max_source_length", "max_target_length")
     how = {name: option(recipe, name) for name in names} | {"on_bad_row": recipe.data.on_bad_row}
     if recipe.run.stage == "rm":

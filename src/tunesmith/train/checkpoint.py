@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -219,6 +220,25 @@ class CheckpointTrainer(OwnAccelerator):
             raise CheckpointError(f"{message} Earlier checkpoints are untouched.") from error
         logger.warning("%s Training goes on (on_save_failure: continue).", message)
 
+    def save_trained(self) -> None:
+        """Write the trained model into `output_dir`, or, so that it is not lost, into a temporary folder.
+
+        Raises: CheckpointError where it had to be the latter, or was neither.
+        """
+        error = self._met(self._try(self.save_model))
+        if error is None:
+            return
+        run, refuge = Path(self.args.output_dir), Path(tempfile.gettempdir())
+        if self.args.should_save:
+            refuge = Path(tempfile.mkdtemp(prefix=f"{run.name}-"))
+        kept = self._met(self._try(lambda: self.save_model(str(refuge), _internal_call=True))) is None
+        if not kept and self.args.should_save:
+            remove_tree(refuge)
+        where = f"It lies in {refuge}." if kept else "Make room, and train again: a run goes on from its checkpoints."
+        raise CheckpointError(
+            f"the trained model could not be written to {run}: {reason_of(error)}. {where}"
+        ) from error
+
     def _note_best(self, run: Path, step: int) -> None:
         """Say where the best checkpoint is, or is about to be."""
         best = self.state.best_global_step
@@ -426,13 +446,17 @@ def why_not_saved(name: str, run: Path, error: Exception, last_bytes: int) -> st
     """What happened to a checkpoint, where, what it needs and what there is."""
     free = shutil.disk_usage(run).free if run.is_dir() else 0
     needs = f"A checkpoint takes {last_bytes / 1e9:.2f} GB, and" if last_bytes else "There,"
-    reason = (
-        error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0].rstrip(".")
-    )
     return (
-        f"{name} could not be written to {run}: {reason}. {needs} {free / 1e9:.2f} GB are free. Make room, set "
-        "save_total_limit, or choose another output_dir."
+        f"{name} could not be written to {run}: {reason_of(error)}. {needs} {free / 1e9:.2f} GB are free. Make room, "
+        "set save_total_limit, or choose another output_dir."
     )
+
+
+def reason_of(error: Exception) -> str:
+    """Why a write failed, in a few words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return first_line(error).rstrip(".")
 
 
 # Tensors -----------------------------------------------------------------------------------------------------------
