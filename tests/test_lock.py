@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from tunesmith import lock
 from tunesmith.errors import ConfigError
 from tunesmith.lock import LOCK_FILE, locked
 
@@ -29,6 +30,23 @@ def test_a_second_process_is_told_who_writes_there(tmp_path):
     other.join()
     with locked(tmp_path / "run"):  # the system has let it go
         assert (tmp_path / "run" / LOCK_FILE).read_text() == str(os.getpid())
+
+
+def test_a_lock_that_was_let_go_while_it_was_opened_is_no_lock(tmp_path, monkeypatch):
+    """The holder deletes its file after another process has opened it: that one must not lock what nobody can see."""
+    take, times = lock._take, []
+
+    def late(file, path):
+        times.append(path)
+        if len(times) == 1:
+            (path / LOCK_FILE).unlink()
+        take(file, path)
+
+    monkeypatch.setattr(lock, "_take", late)
+    with locked(tmp_path):
+        assert len(times) == 2
+        assert (tmp_path / LOCK_FILE).read_text() == str(os.getpid())
+    assert not (tmp_path / LOCK_FILE).exists()
 
 
 def test_a_lock_leaves_nothing(tmp_path):

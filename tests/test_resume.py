@@ -73,7 +73,9 @@ def test_a_finished_run_is_not_gone_on_with_unless_it_is_said(tmp_path):
 
 
 def test_overwriting_and_false_begin_anew(tmp_path):
-    assert start(a_run(tmp_path / "one", "failed", steps=(3,)), overwrite=True).checkpoint is None
+    found = start(a_run(tmp_path / "one", "failed", steps=(3,)), overwrite=True)
+    held = f"{tmp_path / 'one'} holds another run (failed, 1 checkpoint, the last at step 3), which is deleted"
+    assert (found.checkpoint, found.skipped) == (None, (f"overwrite_output_dir: {held}",))
     assert not list((tmp_path / "one").iterdir())
     with pytest.raises(ConfigError, match="holds another run"):
         start(a_run(tmp_path / "two", "failed", steps=(3,)), resume=False)

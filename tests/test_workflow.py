@@ -264,6 +264,19 @@ def test_a_finished_run_whose_model_is_gone_writes_it_again(workplace):
     assert model.read_bytes() == before
 
 
+def test_an_evaluation_leaves_the_status_of_the_run_that_was(workplace):
+    call("train", "recipe.yaml")
+    before = (workplace / "run" / "status.json").read_bytes()
+    words = ("train", "recipe.yaml", "--do_train", "false", "--do_eval", "true", "--compare_rows", "0")
+    call(*words)
+    assert (workplace / "run" / "status.json").read_bytes() == before
+    (workplace / "bad.jsonl").write_text('{"oops": 1}\n')
+    call(*words, "--eval_dataset", "bad.jsonl", code=3)
+    assert (workplace / "run" / "status.json").read_bytes() == before
+    call(*words, "--output_dir", "new")
+    assert read_status(workplace / "new")["state"] == "completed"
+
+
 def test_a_failed_run_says_so_in_its_folder(workplace):
     call("train", "recipe.yaml", "--max_length", "12", code=3)
     status = read_status(workplace / "run")

@@ -25,19 +25,34 @@ def locked(folder: str | Path) -> Iterator[None]:
     path, made = Path(folder).expanduser(), False
     try:
         made = not path.exists()
-        path.mkdir(parents=True, exist_ok=True)
-        file = open(path / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - held until the end
+        file = _taken(path)
     except OSError:  # whoever writes there first says what is wrong with it
         yield
         return
     with file:
-        _take(file, path)
         try:
             yield
         finally:
             (path / LOCK_FILE).unlink(missing_ok=True)
             if made and not any(path.iterdir()):
                 path.rmdir()
+
+
+def _taken(path: Path) -> Any:
+    """The lock's file, held. Its last holder deleted it, perhaps after it was opened here: then another is made."""
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        file = open(path / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - held until the end
+        try:
+            _take(file, path)
+            if fcntl is None or os.path.samestat(os.fstat(file.fileno()), os.stat(path / LOCK_FILE)):
+                return file
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            file.close()
+            raise
+        file.close()
 
 
 def _take(file: Any, path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunesmith.checkpoints import STATE_FILE, Last, checkpoints, named_checkpoint, newest_checkpoint
-from tunesmith.runs import as_saved, prepare_output_dir, read_recipe, read_status, refuse_if_going
+from tunesmith.runs import as_saved, prepare_output_dir, read_recipe, read_status, refuse_if_going, what_is_in
 
 LAST = ("true", "last", "auto")  # words of resume_from_checkpoint for the newest one in output_dir
 NONE = ("none", "false")
@@ -19,7 +19,7 @@ class Beginning(NamedTuple):
     folder: Path
     checkpoint: Path | None = None
     skipped: tuple[str, ...] = ()
-    """A line for each newer checkpoint that cannot be used."""
+    """A line for each newer checkpoint that cannot be used, and for a run that was deleted."""
 
 
 def begin(output_dir: str | Path, *, overwrite: bool, resume_from_checkpoint: str | bool | None) -> Beginning:
@@ -43,7 +43,12 @@ def begin(output_dir: str | Path, *, overwrite: bool, resume_from_checkpoint: st
     if found.path is not None and folder.resolve() in found.path.resolve().parents:
         refuse_if_going(folder)
         return Beginning(folder, found.path, tuple(found.skipped))
-    return Beginning(prepare_output_dir(folder, overwrite), found.path)
+    gone = (
+        (f"overwrite_output_dir: {folder} {held}, which is deleted",)
+        if overwrite and (held := what_is_in(folder))
+        else ()
+    )
+    return Beginning(prepare_output_dir(folder, overwrite), found.path, gone)
 
 
 def repeatable(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -133,6 +133,11 @@ def _describe(path: Path, found: list[str]) -> str:
     return "holds another run" + (f" ({', '.join(parts)})" if parts else "")
 
 
+def what_is_in(path: Path) -> str:
+    """What a person should know of the run in a folder; nothing where there is none."""
+    return _describe(path, []) if _is_run(path) else ""
+
+
 def _is_run(path: Path) -> bool:
     """True if tunesmith wrote here. A `recipe.yaml` alone is not enough: people name their own recipes so."""
     if "state" in (_read_json(path / STATUS_FILE) or {}):

@@ -31,10 +31,12 @@ from tunesmith.runs import (
     COMPARED_FILES,
     DATA_REPORT_FILE,
     PREDICTIONS_FILE,
+    STATUS_FILE,
     Run,
     as_saved,
     shared_output_dir,
     to_json,
+    write_text,
 )
 from tunesmith.signals import Terminated, heeded
 from tunesmith.steps.answers import answered, check_prompts, written_metric
@@ -98,7 +100,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         if complete:
             console.out(f"{folder.path} is complete: {checkpoint.name} is after its last step. Nothing was done.")
             return folder.results()
-        with recorded(folder):
+        with recorded(folder) if phases(recipe).train else beside_a_run(folder):
             return run_phases(recipe, folder, found, console)
 
 
@@ -262,6 +264,19 @@ def recorded(folder: Run) -> Iterator[None]:
             folder.write_status("failed", f"{type(error).__name__}: {error}")
         raise
     folder.write_status("completed")
+
+
+@contextlib.contextmanager
+def beside_a_run(folder: Run) -> Iterator[None]:
+    """Where nothing is trained: a status that stands in the folder is that of the run which was, and comes back."""
+    path = folder.path / STATUS_FILE
+    before = path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        with recorded(folder):
+            yield
+    finally:
+        if before is not None and folder.writes:
+            write_text(path, before)
 
 
 def tell(lines: Sequence[str], folder: Run | None, console: Console) -> None:

@@ -3,6 +3,9 @@
 import copy
 import io
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.deliver import merge as merging
-from tunesmith.deliver.merge import merge
+from tunesmith.deliver.merge import merge, remove_abandoned
 from tunesmith.errors import ConfigError, ModelError
 
 IDS = torch.arange(40)[None]
@@ -128,6 +131,16 @@ def test_a_dtype_can_be_asked_for(tmp_path, tiny_model, byte_tokenizer, quiet):
     assert merge(adapter, tmp_path / "merged", dtype="bfloat16", console=quiet)["dtype"] == "bfloat16"
     with pytest.raises(ConfigError, match="expected one of float32, float16, bfloat16, got 'int8'"):
         merge(adapter, tmp_path / "other", dtype="int8", console=quiet)
+
+
+def test_what_a_killed_merge_left_is_cleared_away(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", ""])
+    other.wait()
+    left = {number: tmp_path / f".merged.{number}.staged" for number in (other.pid, os.getpid())}
+    for folder in (*left.values(), tmp_path / f".others.{other.pid}.staged"):
+        folder.mkdir()
+    remove_abandoned(tmp_path / "merged")
+    assert sorted(tmp_path.iterdir()) == sorted([left[os.getpid()], tmp_path / f".others.{other.pid}.staged"])
 
 
 def test_a_merge_that_changes_the_answers_leaves_nothing(tmp_path, tiny_model, byte_tokenizer, quiet, monkeypatch):

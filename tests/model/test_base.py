@@ -15,6 +15,7 @@ from tunesmith.config import ModelFields
 from tunesmith.model.base import sample, warn_of_another
 from tunesmith.model.chain import adapter_base, remembered
 from tunesmith.model.load import load_any, load_model
+from tunesmith.model.open import open_for_training
 from tunesmith.model.saved import save_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -89,6 +90,20 @@ def test_another_base_under_the_same_name_is_said(run):
     change_the_base()
     with pytest.warns(UserWarning, match="the weights in model are not those that runs/mine was trained on"):
         load_any("runs/mine")
+
+
+def test_an_adapter_is_said_to_be_on_another_that_was_trained_again(run):
+    """Of a chain: `second` was trained upon `runs/mine`, which was merged into the base then."""
+    options = ModelFields("model", checkpoint_dir="runs/mine", resume_lora_training=False)
+    second = open_for_training(options, None, seed=1, max_length=None, use_cpu=True, say=print)
+    randomize(second, seed=3)
+    second.save_pretrained("second")
+    save_arguments("second", options, second)
+    load_any("second")
+    randomize(run, seed=4)
+    run.save_pretrained("runs/mine")
+    with pytest.warns(UserWarning, match="the weights in model, or the adapters that were merged into them, are not"):
+        load_any("second")
 
 
 def test_files_of_other_sizes_hold_the_same_weights(tiny_model, tmp_path):

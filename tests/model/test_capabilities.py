@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from tunesmith.model import capabilities
 from tunesmith.model.capabilities import Support, agree, bf16_is_faster, bf16_speedup, probe_model
@@ -21,6 +22,15 @@ def test_a_leak_between_documents_is_seen(tiny_model, monkeypatch):
     assert support.layout == "padded"
     assert "change with its neighbour" in support.why
     leaking.remove()
+
+
+def test_a_table_of_positions_takes_no_longer_rows():
+    """GPT-Neo's causal mask: two documents of half its positions fit, and a batch of more tokens does not."""
+    how = {"vocab_size": 64, "hidden_size": 16, "num_layers": 2, "attention_types": [[["global", "local"], 1]]}
+    model = GPTNeoForCausalLM(GPTNeoConfig(**how, num_heads=2, max_position_embeddings=32, window_size=8))
+    support = probe_model(model)
+    assert support.layout == "padded"
+    assert "size of tensor a (32) must match the size of tensor b (34)" in support.why
 
 
 def test_a_scaled_output_is_seen(tiny_model):

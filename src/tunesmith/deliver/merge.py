@@ -73,6 +73,7 @@ def merge(
     expected = logits_of(model, probes)
     whole = merged(model)
     _compare(expected, logits_of(whole, probes), torch.float32)
+    remove_abandoned(output_dir)
     staged = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.staged")
     try:
         _save(whole, tokenizer, staged, target, max_shard_size)
@@ -221,6 +222,25 @@ def _refuse_to_replace(output_dir: Path, folders: Sequence[str], base: str, over
             )
     if not (output_dir / "config.json").exists() or place == Path.cwd() or place in Path.cwd().parents:
         raise ConfigError(f"output_dir: {output_dir} is not a model folder, so --overwrite does not delete it.")
+
+
+def remove_abandoned(output_dir: Path) -> None:
+    """Delete what earlier merges into the folder left beside it when they were killed."""
+    for path in output_dir.parent.glob(".*.staged") if output_dir.parent.is_dir() else ():
+        name, _, process = path.name.removesuffix(".staged").rpartition(".")
+        if name == f".{output_dir.name}" and process.isdigit() and not is_alive(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def _move_into_place(staged: Path, output_dir: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+MERGED = "merged_adapters"  # attribute of a model
 SAMPLE = 64  # bytes of each tensor: layers that a run froze are equal in two models, so every tensor has a say
 
 
@@ -36,9 +37,10 @@ def found_again(name: str, told: dict[str, Any], folder: Path) -> str:
 def warn_of_another(model: nn.Module, told: dict[str, Any], adapter: str | Path) -> None:
     """Say where the base under an adapter is not the one that it was trained on."""
     if told.get("sample") and sample(model) not in (None, told["sample"]):
+        merged = ", or the adapters that were merged into them," if getattr(model, MERGED, ()) else ""
         warnings.warn(
-            f"the weights in {base_name(model)} are not those that {adapter} was trained on: it may answer worse. Put "
-            "them back, or train it again on these.",
+            f"the weights in {base_name(model)}{merged} are not those that {adapter} was trained on: it may answer "
+            "worse. Put them back, or train it again on these.",
             stacklevel=3,
         )
 
@@ -48,20 +50,32 @@ def base_name(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "_name_or_path", "") or ""
 
 
+def note_merged(model: nn.Module, weights: Path) -> None:
+    """Remember that an adapter, by the file of its weights, was merged into a base: it is a part of it from now on."""
+    setattr(model, MERGED, (*getattr(model, MERGED, ()), weights))
+
+
 def sample(model: nn.Module) -> str | None:
-    """A hash over some bytes of each tensor in the base's files; `None` where there are no such files to be read."""
+    """A hash over some bytes of each tensor in the base's files, and in those of adapters that were merged into it.
+
+    `None` where there are no such files to be read.
+    """
     digest, name = hashlib.sha256(), base_name(model)
     try:
-        for tensor, data in sorted(samples(name, getattr(model.config, "_commit_hash", None))) if name else ():
-            digest.update(tensor.encode() + data)
+        files = weight_files(name, getattr(model.config, "_commit_hash", None)) if name else []
+        if not files:
+            return None
+        for part in (files, *([file] for file in getattr(model, MERGED, ()))):
+            for tensor, data in sorted(samples(part)):
+                digest.update(tensor.encode() + data)
     except (OSError, ValueError, KeyError):
         return None
-    return None if digest.digest() == hashlib.sha256().digest() else digest.hexdigest()[:16]
+    return digest.hexdigest()[:16]
 
 
-def samples(name: str, revision: str | None) -> Iterator[tuple[str, bytes]]:
+def samples(files: list[Path]) -> Iterator[tuple[str, bytes]]:
     """Each tensor's name, and bytes from its middle: padding rows and zeros are at the ends."""
-    for path in weight_files(name, revision):
+    for path in files:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))

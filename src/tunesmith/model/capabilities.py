@@ -85,6 +85,7 @@ def _fastest_layout(
     for layout in ("documents", "packed"):
         try:
             found = _flat_logits(model, ids, lengths, layout)
+            _check_longer_rows(model, layout, getattr(config, "max_position_embeddings", None))
         except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
             reasons.append(f"{layout}: {str(error).splitlines()[0]}")
             continue
@@ -92,6 +93,15 @@ def _fastest_layout(
             return Support(layout, plain_head, "; ".join(reasons))
         reasons.append(f"{layout}: a document's logits change with its neighbour")
     return Support("padded", plain_head, "; ".join(reasons))
+
+
+def _check_longer_rows(model: nn.Module, layout: str, limit: int | None) -> None:
+    """Raise what a model raises for more tokens than `limit`, if its causal mask is a table of so many positions."""
+    has_table = limit and any(buffer.shape[-2:] == (limit, limit) for buffer in model.buffers())
+    if has_table:
+        half = limit // 2 + 1
+        ids = torch.zeros(1, 2 * half, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+        _flat_logits(model, ids, (half, half), layout)
 
 
 def _flat_logits(model: nn.Module, ids: Tensor, lengths: tuple[int, int], layout: str) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.model.base import found_again, warn_of_another
+from tunesmith.model.base import found_again, note_merged, warn_of_another
 from tunesmith.model.lora import borrows, borrows_the_same
 from tunesmith.model.quantize import is_quantized, quiet_bitsandbytes
 
@@ -264,6 +264,7 @@ def merge_folders(
     with in_float32(model):
         for folder in folders:
             model = merged(put_on(model, folder))
+            note_merged(model, Path(folder) / ADAPTER_WEIGHTS)
             if say is not None:
                 say(f"adapter: {folder} is merged into the base")
     return model

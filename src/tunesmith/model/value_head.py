@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.model.base import MERGED
 from tunesmith.model.load import first_line, load_any
 
 HEAD_FILE = "value_head.safetensors"
@@ -18,7 +19,7 @@ PASSED_ON = {
     *("config", "generation_config", "device", "dtype", "quantization_method", "hf_device_map", "_no_split_modules"),
     *("get_input_embeddings", "get_output_embeddings", "enable_input_require_grads"),
     *("gradient_checkpointing_enable", "gradient_checkpointing_disable"),
-    *("peft_config", "active_peft_config", "_hf_peft_config_loaded"),
+    *("peft_config", "active_peft_config", "_hf_peft_config_loaded", MERGED),
 }
 
 

@@ -108,6 +108,8 @@ def check_installed(recipe: Recipe) -> None:
     checked_attention(recipe.model)
     check_deepspeed(recipe.training.get("deepspeed"))
     check_fsdp(recipe.training.get("fsdp"))
+    if recipe.training.get("optim") == "adamw_anyprecision" and importlib.util.find_spec("torchdistx") is None:
+        raise ConfigError("optim: adamw_anyprecision needs torchdistx, which is not installed. Take adamw_torch.")
 
 
 def precision_of(checkpoint: Path) -> dict[str, bool]:
